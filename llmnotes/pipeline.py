@@ -43,7 +43,7 @@ def code_tree(
     lines = [l for c in code if not c.startswith('%%') for l in c.splitlines()]
     return ast.parse('\n'.join(l for l in lines if not re.match(r'\s*[%!]', l)))
 
-# %% ../nbs/02_pipeline.ipynb #faefde64
+# %% ../nbs/02_pipeline.ipynb #4b75d2d4
 def _opened(call:ast.AST) -> bool: # is it `Workspace(workspace)`?
     return (isinstance(call, ast.Call) and ast.unparse(call.func).endswith('Workspace')
             and [ast.unparse(a) for a in call.args] == ['workspace'])
@@ -54,8 +54,11 @@ def artifact_names(
 ) -> tuple[str, ...]: # In order of first use
     "Literal names in `ws.artifact(...)` or `ws.writing(...)`, for `ws = Workspace(workspace)`"
     nodes = list(ast.walk(tree))
-    names = {ast.unparse(t) for n in nodes if isinstance(n, ast.Assign) and _opened(n.value)
-             for t in n.targets}
+    assigned = [(t, n.value) for n in nodes if isinstance(n, ast.Assign) for t in n.targets]
+    pairs = [p for t, v in assigned                                  # ws, rec = ..., ... too
+             for p in (zip(t.elts, v.elts) if isinstance(t, ast.Tuple) and isinstance(v, ast.Tuple)
+                       else [(t, v)])]
+    names = {ast.unparse(t) for t, v in pairs if _opened(v)}
     calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
              and n.func.attr == method and n.args and isinstance(n.args[0], ast.Constant)
              and (_opened(n.func.value) or ast.unparse(n.func.value) in names)]

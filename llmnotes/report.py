@@ -78,7 +78,7 @@ def _said(record:Mapping[str, Any]) -> str:
     if record['status'] != 'done': return {'running': 'interrupted'}.get(record['status'], 'failed')
     return f'{duration(record["wall_s"])} · {record["peak_gib"]:.1f} GiB'
 
-# %% ../nbs/04_results_page.ipynb #b6b76752
+# %% ../nbs/04_results_page.ipynb #a82e1c71
 def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:float, *,
          narrow:bool, colours:Mapping[str, str], share:float) -> str:
     "One stage: number and title, what it cost, what it took and gave"
@@ -104,7 +104,7 @@ def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:flo
                  extra=f'fill="{stroke}" fill-opacity=".75" text-anchor="{"start" if narrow else "end"}"')
     flow = '' if plain else _text(x + 12, y + (57 if narrow else 42), '', size=13, more=spans,
                                   extra='fill="currentColor"')
-    return f'<a href="pages/{stage.name}.html">{frame}{bar}{title}{cost}{flow}</a>'
+    return f'<a href="pages/{html.escape(stage.name)}.html">{frame}{bar}{title}{cost}{flow}</a>'
 
 # %% ../nbs/04_results_page.ipynb #de08f3cb
 def pipeline_svg(
@@ -199,7 +199,7 @@ def reader_view(
     nb.cells = kept
     return formulas
 
-# %% ../nbs/04_results_page.ipynb #a7c97774
+# %% ../nbs/04_results_page.ipynb #ebbf15d4
 CSS = '''
 :root{color-scheme:light dark;--ink:#1d2125;--soft:#5c6670;--line:#d9dee3;--ground:#fff;
 --card:#f6f8fa;--link:#1f6f9f;--key:#a13d63;--str:#3d7a34;--num:#8a5a00;--note:#6b7680}
@@ -355,7 +355,7 @@ def _conformance(records:Sequence[Mapping[str, Any]]) -> str:
     return ('<div class="wide"><table><tr>' + ''.join(f'<th>{h}</th>' for h in head) + '</tr>'
             + ''.join(f'<tr>{tds(r)}</tr>' for r in rows) + '</table></div>')
 
-# %% ../nbs/04_results_page.ipynb #0a713c37
+# %% ../nbs/04_results_page.ipynb #2b685aea
 INDEX_CSS = '''
 .big{font-size:1.5rem;line-height:1.3;margin:1.5rem 0}.big b{font-size:3.4rem;line-height:1;
 color:#4c8eb5;margin-right:.3rem}.bar{display:flex;align-items:center;margin:.35rem 0}

@@ -44,7 +44,7 @@ def cells(path:Path, kind:str='') -> list[dict]:
 
 def python(*args:str, cwd:Path=ROOT, **env:str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True,
-                          timeout=120, env=os.environ | env)
+                          timeout=300, env=os.environ | env)
 
 
 def module_name(path:Path) -> str:
@@ -263,7 +263,7 @@ def test_index_shows_what_it_says(monkeypatch:pytest.MonkeyPatch) -> None:
     path = ROOT/'nbs/index.ipynb'
     nb = nbformat.read(path, as_version=4)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    NotebookClient(nb, timeout=120, kernel_name='python3',
+    NotebookClient(nb, timeout=300, kernel_name='python3',
                    resources={'metadata': {'path': str(ROOT)}}).execute()
     show = tool('sync').output_text
     ran = [show(c) for c in nb.cells if c.cell_type == 'code']
@@ -335,9 +335,9 @@ def test_a_new_owner_reaches_every_derived_file(clone:Path) -> None:
     made = tool('sync').derived(clone)
     assert all('github.com/someone/' in made[clone/n] for n in ('README.md', 'llms.txt'))
     left = [p.name for p, text in made.items() if any(o in text for o in old)]
-    outside = [p for p in contents(clone) if clone/p not in made and p != 'settings.ini'
-               and not p.startswith(('.venv', 'llmnotes/_modidx.py'))
-               and any(o.encode() in contents(clone)[p] for o in old)]
+    written = {p: data for p, data in contents(clone).items() if clone/p not in made}
+    outside = [p for p, data in written.items() if any(o.encode() in data for o in old)
+               and p not in ('settings.ini', 'llmnotes/_modidx.py')]
     assert left + outside == []
 
 
@@ -432,8 +432,8 @@ def test_no_path_of_one_machine(files:list[Path]) -> None:
 
 
 def test_no_private_registry(files:list[Path]) -> None:
-    "What installs must not name a host that a stranger cannot reach"
-    known = {'pypi.org', 'download.pytorch.org', 'github.com', 'colab.research.google.com',
+    "Where packages come from is the reader's own setting: no file names a host for them"
+    known = {'github.com', 'colab.research.google.com',
              CFG['doc_host'].removeprefix('https://'), '%(user)s.github.io'}
     where = re.compile(r'settings\.ini|setup\.py|pyproject\.toml|constraints\.txt|Makefile'
                        r'|\.ci/.*|\.github/.*|\.devcontainer/.*|\.pre-commit.*|tools/.*')

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core import write_atomic
 
-# %% ../../nbs/26_batching.ipynb #6c9d77b7
+# %% ../../nbs/26_batching.ipynb #b3815872
 def token_dtype(
     vocab_size:int|None, # None: not known; then ids must fit `dtype`
     dtype:str|None=None, # Default: the smallest that holds the vocabulary
@@ -30,10 +30,11 @@ def token_dtype(
         raise ValueError(f'dtype {dtype!r} is unknown; it is uint16 or uint32')
     bound = int(np.iinfo(dtype).max)
     if vocab_size is not None and vocab_size - 1 > bound:
-        raise ValueError(f'{dtype} holds ids to {bound:,}, the vocabulary has {vocab_size:,}')
+        raise ValueError(f'{dtype} holds ids to {bound:,}; the vocabulary has '
+                         f'{vocab_size:,}')
     return np.dtype(dtype).newbyteorder('<')
 
-# %% ../../nbs/26_batching.ipynb #ea5b4910
+# %% ../../nbs/26_batching.ipynb #49a8313a
 def _mix(x:np.ndarray, key:np.ndarray) -> np.ndarray: # 64 well-stirred bits (splitmix64)
     x = x + key
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -46,27 +47,28 @@ def shuffled(
     *,
     seed:int, # The permutation is a function of seed and epoch
     epoch:int=0,
-    rounds:int=6,
+    rounds:int=12, # Even; fewer leave patterns in permutations of less than 20
 ) -> np.ndarray: # int64; what the permutation has at these places
     "Look up places of a random permutation that is never written down"
     index = np.asarray(index, dtype=np.int64)
     if index.size and not (index.min() >= 0 and index.max() < n):
         raise ValueError(f'index {index.min()}..{index.max()} leaves [0, {n})')
-    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    start = np.array([seed % 2**63, epoch], dtype=np.uint64)
-    base = _mix(_mix(start[:1], np.uint64(0x9E3779B97F4A7C15)), start[1:])
-    keys = _mix(np.arange(rounds, dtype=np.uint64), base)
+    if rounds < 2 or rounds % 2: raise ValueError(f'rounds must be even, got {rounds}')
+    bits = (n - 1).bit_length()
+    low = np.uint64(bits - bits // 2)                    # bits of the right part, at first
+    masks = np.uint64(2**(bits // 2) - 1), np.uint64(2**int(low) - 1)
+    start = _mix(np.array([seed % 2**63], dtype=np.uint64), np.uint64(0x9E3779B97F4A7C15))
+    keys = _mix(np.arange(1, rounds + 1, dtype=np.uint64), _mix(start, np.uint64(epoch)))
     out, todo = index.astype(np.uint64), np.ones(index.shape, bool)
     while todo.any():                                    # walk on until inside [0, n)
-        x = out[todo]
-        left, right = x >> half, x & mask
-        for key in keys: left, right = right, left ^ (_mix(right, key) & mask)
-        out[todo] = (left << half) | right
+        left, right = out[todo] >> low, out[todo] & masks[1]
+        for k, key in enumerate(keys):
+            left, right = right, left ^ (_mix(right, key) & masks[k % 2])
+        out[todo] = (left << low) | right
         todo = out >= n
     return out.astype(np.int64)
 
-# %% ../../nbs/26_batching.ipynb #81a82dae
+# %% ../../nbs/26_batching.ipynb #792c2694
 def _zero() -> dict[str, int]: return dict(documents=0, tokens=0, bytes=0)
 
 def _add(total:dict[str, int], part:dict[str, int]) -> None:
@@ -82,9 +84,9 @@ class _Writer: # collects documents; puts down a shard when one is full
     def __init__(self, folder:Path, settings:dict[str, Any]):
         self.folder, self.index = folder, _read_index(folder)
         if self.index is None: self.index = dict(settings, complete=False, shards=[])
-        differ = {k: (self.index.get(k), v) for k, v in settings.items() if self.index.get(k) != v}
+        differ = [k for k, v in settings.items() if self.index.get(k) != v]
         if differ:
-            said = ', '.join(f'{k} {a}, not {b}' for k, (a, b) in differ.items())
+            said = ', '.join(f'{k} {self.index.get(k)}, not {settings[k]}' for k in differ)
             raise ValueError(f'{folder} was begun with {said}')
         self.dtype = np.dtype(settings['dtype']).newbyteorder('<')
         self.fresh()
@@ -111,10 +113,11 @@ class _Writer: # collects documents; puts down a shard when one is full
         self.index['complete'] = True
         self.save()
 
-    def save(self) -> None: write_atomic(self.folder/'index.json', json.dumps(self.index, indent=1))
+    def save(self) -> None:
+        write_atomic(self.folder/'index.json', json.dumps(self.index, indent=1))
 
-# %% ../../nbs/26_batching.ipynb #a0f2d363
-def _row(ids:Sequence[int], at:int, eot_id:int, bound:int) -> np.ndarray: # ids and a separator
+# %% ../../nbs/26_batching.ipynb #c035fd86
+def _row(ids:Sequence[int], at:int, eot_id:int, bound:int) -> np.ndarray: # with separator
     row = np.asarray([*ids, eot_id], dtype=np.int64)
     if row.min() < 0 or row.max() >= bound:
         wrong = next(int(i) for i in row if not 0 <= i < bound)
@@ -123,20 +126,22 @@ def _row(ids:Sequence[int], at:int, eot_id:int, bound:int) -> np.ndarray: # ids 
         raise ValueError(f'document {at} holds the separator {eot_id} itself')
     return row
 
-def _behind(documents:Iterable[Any], writer:_Writer, size:Callable[[Any], int]) -> Iterator[Any]:
+def _behind(
+    documents:Iterable[Any], writer:_Writer, size:Callable[[Any], int],
+) -> Iterator[tuple[int, Any]]: # documents that are not on the disk yet, numbered
     done, seen, rest = _zero(), _zero(), iter(documents)
     for shard in writer.index['shards']: _add(done, shard)
     for doc in islice(rest, done['documents']): # their shards are on the disk
         _add(seen, dict(documents=1, tokens=0, bytes=size(doc)))
     for key in ('documents', 'bytes'):
         if done[key] != seen[key]:
-            raise ValueError(f'{writer.folder} was begun from other documents: its shards hold '
-                             f'{done[key]} {key}, now there are {seen[key]}')
+            raise ValueError(f'{writer.folder} was begun from other documents: its shards '
+                             f'hold {done[key]} {key}, now there are {seen[key]}')
     return enumerate(rest, done['documents'])
 
-# %% ../../nbs/26_batching.ipynb #86cd214a
+# %% ../../nbs/26_batching.ipynb #824c7eae
 def write_shards(
-    documents:Iterable[Any], # Token ids each; or, with `encode`, documents with text and domain
+    documents:Iterable[Any], # Lists of ids; with `encode`, objects with .text and .domain
     folder:str|os.PathLike, # Gets 00000.bin, 00001.bin, ... and index.json
     *,
     eot_id:int, # Separator, written behind every document
@@ -148,9 +153,11 @@ def write_shards(
     "Pack documents into token shards; called again after a kill, it goes on where it was"
     kind = token_dtype(vocab_size, dtype)
     bound = vocab_size or int(np.iinfo(kind).max) + 1
-    if not 0 <= eot_id < bound: raise ValueError(f'eot_id {eot_id} is outside of [0, {bound})')
-    writer = _Writer(Path(folder), dict(dtype=kind.name, eot_id=eot_id, vocab_size=vocab_size,
-                                        shard_tokens=shard_tokens))
+    if not 0 <= eot_id < bound:
+        raise ValueError(f'eot_id {eot_id} is outside of [0, {bound})')
+    settings = dict(dtype=kind.name, eot_id=eot_id, vocab_size=vocab_size,
+                    shard_tokens=shard_tokens)
+    writer = _Writer(Path(folder), settings)
     if writer.index['complete']: return TokenShards(folder)
     size = (lambda doc: len(doc.text.encode())) if encode else (lambda doc: 0)
     for at, doc in _behind(documents, writer, size):
@@ -159,7 +166,7 @@ def write_shards(
     writer.close()
     return TokenShards(folder)
 
-# %% ../../nbs/26_batching.ipynb #5fd9cef7
+# %% ../../nbs/26_batching.ipynb #02842d49
 class TokenShards:
     "Token shards as one long row, read from the disk where it is touched"
     def __init__(self,
@@ -217,7 +224,7 @@ class TokenShards:
     def n_windows(self,
         T:int, # Tokens predicted in a window
     ) -> int: # Windows of an epoch
-        "How many windows of T predictions there are; the last (n-1) % T tokens are left over"
+        "Windows of T predictions in the row; its last (N-1) % T tokens are left over"
         if T < 1: raise ValueError(f'T must be at least 1, got {T}')
         return (len(self) - 1) // T
 
@@ -232,7 +239,7 @@ class TokenShards:
         seed:int=42,
         *,
         doc_ids:bool=False, # Also number the documents in each window?
-    ) -> np.ndarray|tuple[np.ndarray, np.ndarray]: # (B, T+1) int64 ids; then doc_ids, the same shape
+    ) -> np.ndarray|tuple[np.ndarray, np.ndarray]: # (B, T+1) int64; doc_ids likewise
         "The batch of a step: a function of its arguments and nothing else"
         n = self.n_windows(T)
         if n < 1: raise ValueError(f'{len(self)} tokens do not fill one window of {T} + 1')

@@ -22,17 +22,19 @@ import regex
 
 from ..core import write_atomic
 
-# %% ../../nbs/10_bpe.ipynb #3b83fa86
+# %% ../../nbs/10_bpe.ipynb #2c1afe3c
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 
 # Letters and numbers that came after Unicode 16
-_LATER = """558 58b-58c 88f c5c cdc 208f 209d-209f a7ce-a7cf a7d2 a7d4 a7dd a7e2 a7f1 ab6c-ab6d
-107bb-107bf 10940-10959 10ec5-10ec7 10ed9-10eee 11b0a 11db0-11ddb 11de0-11de9 11df1 1246f
-12475-1247f 12550-12686 16ea0-16eb8 16ebb-16ed3 16ff2-16ff6 187f8-187ff 18cd6-18cda 18d09-18d20
-18d80-18df2 18e00-19191 191a0-191d2 1b123-1b128 1b168 1d6a6 1df1f-1df24 1df2b-1df81 1df90-1df96
-1dfcd-1dfff 1e6c0-1e6de 1e6e0-1e6e2 1e6e4-1e6e5 1e6e7-1e6ed 1e6f0-1e6f4 1e6fe-1e6ff 2b73a-2b73f
-2b81e 2cea2-2cead 323b0-33479 3d000-3fc3f"""
+_LATER = """
+558 58b-58c 88f c5c cdc 208f 209d-209f a7ce-a7cf a7d2 a7d4 a7dd a7e2 a7f1 ab6c-ab6d
+107bb-107bf 10940-10959 10ec5-10ec7 10ed9-10eee 11b0a 11db0-11ddb 11de0-11de9 11df1
+1246f 12475-1247f 12550-12686 16ea0-16eb8 16ebb-16ed3 16ff2-16ff6 187f8-187ff
+18cd6-18cda 18d09-18d20 18d80-18df2 18e00-19191 191a0-191d2 1b123-1b128 1b168 1d6a6
+1df1f-1df24 1df2b-1df81 1df90-1df96 1dfcd-1dfff 1e6c0-1e6de 1e6e0-1e6e2 1e6e4-1e6e5
+1e6e7-1e6ed 1e6f0-1e6f4 1e6fe-1e6ff 2b73a-2b73f 2b81e 2cea2-2cead 323b0-33479
+3d000-3fc3f"""
 
 @cache
 def _later() -> regex.Pattern:
@@ -42,12 +44,13 @@ def _later() -> regex.Pattern:
 @cache
 def _compiled(pattern:str) -> regex.Pattern:
     try: compiled = regex.compile(pattern)
-    except regex.error as e: raise ValueError(f'pattern {pattern!r} is no regex: {e}') from None
+    except regex.error as e:
+        raise ValueError(f'pattern {pattern!r} is no regex: {e}') from None
     if compiled.groups:
         raise ValueError(f'pattern {pattern!r} has {compiled.groups} groups; write (?:...)')
     return compiled
 
-# %% ../../nbs/10_bpe.ipynb #ab8d2651
+# %% ../../nbs/10_bpe.ipynb #616f3083
 def split_words(
     text:str, # Any text
     pattern:str=GPT2_PATTERN, # Must cover every character
@@ -58,7 +61,8 @@ def split_words(
     if (covered := sum(map(len, words))) != len(text):
         raise ValueError(f'pattern {pattern!r} covers {covered} of {len(text)} characters')
     if shown == text: return words
-    return [text[end - len(word):end] for word, end in zip(words, accumulate(map(len, words)))]
+    ends = accumulate(map(len, words))
+    return [text[end - len(word):end] for word, end in zip(words, ends)]
 
 # %% ../../nbs/10_bpe.ipynb #b4a3b96a
 def _byte_names() -> dict[int, str]:
@@ -126,7 +130,7 @@ def learn_merges(
         merges.append(pair)
     return merges
 
-# %% ../../nbs/10_bpe.ipynb #e5db19af
+# %% ../../nbs/10_bpe.ipynb #021f9faa
 def count_words(
     texts:Iterable[str], # Read once, one at a time
     pattern:str=GPT2_PATTERN, # Cuts the text into words
@@ -143,8 +147,8 @@ def utf8(
     "The bytes of a text, or one clear sentence"
     try: return text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f'text has a lone surrogate U+{ord(text[e.start]):04X} at position '
-                         f'{e.start}, which UTF-8 cannot write') from None
+        raise ValueError(f'text has a lone surrogate U+{ord(text[e.start]):04X} at '
+                         f'position {e.start}, which UTF-8 cannot write') from None
 
 def _distinct(names:Iterable[str]) -> list[str]: # names of special tokens
     names = list(names)
@@ -153,13 +157,13 @@ def _distinct(names:Iterable[str]) -> list[str]: # names of special tokens
     if '' in names: raise ValueError('a special token must not be empty')
     return names
 
-# %% ../../nbs/10_bpe.ipynb #54e8965b
+# %% ../../nbs/10_bpe.ipynb #6147cf50
 def train_bpe(
     texts:Iterable[str], # Read once, one at a time; only the distinct words are kept
     vocab_size:int, # Special tokens, 256 bytes and merges together
     *,
     pattern:str=GPT2_PATTERN, # Cuts the text into words; merges stay inside
-    special_tokens:Sequence[str]=(), # They get the ids from 0, as Hugging Face's trainer gives
+    special_tokens:Sequence[str]=(), # They get the ids from 0, as in Hugging Face's trainer
 ) -> 'BPETokenizer':
     "Learn a byte-level BPE tokenizer"
     names = _distinct(special_tokens)
@@ -170,8 +174,8 @@ def train_bpe(
     counts = count_words(texts, pattern)
     if not counts: raise ValueError('texts hold no characters')
     ids = {b: len(names) + i for i, b in enumerate(BYTE_ORDER)}
-    pairs = learn_merges({tuple(ids[b] for b in utf8(word)): n for word, n in counts.items()},
-                         vocab_size - first, first)
+    words = {tuple(ids[b] for b in utf8(word)): n for word, n in counts.items()}
+    pairs = learn_merges(words, vocab_size - first, first)
     if len(pairs) < vocab_size - first:
         warnings.warn(f'the corpus has only {len(pairs)} pairs to merge; the vocabulary is '
                       f'{first + len(pairs)}, not {vocab_size}', stacklevel=2)
@@ -217,9 +221,10 @@ def merge_long(
             if pair in ranks: heapq.heappush(heap, (*ranks[pair], left))
     return [t for t in token if t >= 0]
 
-# %% ../../nbs/10_bpe.ipynb #c8574249
+# %% ../../nbs/10_bpe.ipynb #ea60fe46
 class _WordCache(dict): # word -> ids; forgets everything when full, so its size is bounded
-    def __init__(self, encode_word:Callable[[str], list[int]], room:int=2**16, longest:int=64):
+    def __init__(self, encode_word:Callable[[str], list[int]], *,
+                 room:int=2**16, longest:int=64):
         self.encode_word, self.room, self.longest = encode_word, room, longest
 
     def __missing__(self, word:str) -> tuple[int, ...]:
@@ -228,14 +233,15 @@ class _WordCache(dict): # word -> ids; forgets everything when full, so its size
         if len(word) <= self.longest: self[word] = ids
         return ids
 
-# %% ../../nbs/10_bpe.ipynb #379ea66e
+# %% ../../nbs/10_bpe.ipynb #6a403395
 def _table(
     vocab:dict[bytes, int], merges:Sequence[tuple[bytes, bytes]], special:dict[str, int],
 ) -> list[bytes|None]: # id -> bytes; checks that the parts fit together
     lacking = [b for b in range(256) if bytes([b]) not in vocab]
-    if lacking: raise ValueError(f'vocab lacks {len(lacking)} of the 256 bytes, {lacking[0]} first')
+    if lacking: raise ValueError(f'vocab lacks {len(lacking)} of 256 bytes: {lacking[:3]}')
     parts = set(chain.from_iterable((a, b, a + b) for a, b in merges))
-    if (odd := parts - vocab.keys()): raise ValueError(f'merges need {min(odd)}, not in vocab')
+    odd = parts - vocab.keys()
+    if odd: raise ValueError(f'merges need {min(odd)}, which is not in vocab')
     names = {_name(t) for t in vocab} & set(_distinct(special))
     if names: raise ValueError(f'special tokens {sorted(names)} are also ordinary tokens')
     table = [None] * (max((*vocab.values(), *special.values())) + 1)
@@ -246,7 +252,7 @@ def _table(
 
 def _name(token:bytes) -> str: return ''.join([BYTE_NAMES[b] for b in token])
 
-# %% ../../nbs/10_bpe.ipynb #7cd932d3
+# %% ../../nbs/10_bpe.ipynb #a7048e65
 class BPETokenizer:
     "Byte-level BPE: any text to ids and back"
     def __init__(self,
@@ -269,7 +275,8 @@ class BPETokenizer:
     def vocab_size(self) -> int: return len(self._tokens)
 
     def __repr__(self) -> str:
-        return f'BPETokenizer({self.vocab_size:,} tokens, {len(self.special_tokens)} special)'
+        n = len(self.special_tokens)
+        return f'BPETokenizer({self.vocab_size:,} tokens, {n} special)'
 
     def _encode_word(self, word:str) -> list[int]:
         ids = [self._bytes[b] for b in word.encode()]
@@ -291,7 +298,7 @@ class BPETokenizer:
     def encode(self,
         text:str, # Any text without lone surrogates
         *,
-        allowed_special:Collection[str]|str=(), # Special tokens to read in the text, or 'all'
+        allowed_special:Collection[str]|str=(), # Special tokens to read in it, or 'all'
     ) -> list[int]: # Ids
         "Text to ids; what looks like a special token is plain text unless it is allowed"
         allowed = self._allowed(allowed_special)
@@ -316,7 +323,7 @@ class BPETokenizer:
         ids, tokens = list(ids), self._tokens
         if ids and not (min(ids) >= 0 and max(ids) < len(tokens)):
             wrong = next(i for i in ids if not 0 <= i < len(tokens))
-            raise ValueError(f'id {wrong} is outside the vocabulary of {len(tokens)} tokens')
+            raise ValueError(f'id {wrong} is outside the vocabulary of {len(tokens)}')
         try: return b''.join([tokens[i] for i in ids])
         except TypeError:
             wrong = next(i for i in ids if tokens[i] is None)
@@ -348,19 +355,23 @@ class BPETokenizer:
         except ValueError as e: raise ValueError(f'{path} is not whole JSON: {e}') from None
         return cls(**_from_json(data, str(path)))
 
-# %% ../../nbs/10_bpe.ipynb #922c0a75
-def _json(data:dict[str, Any]) -> str: return json.dumps(data, ensure_ascii=False, indent=1) + '\n'
+# %% ../../nbs/10_bpe.ipynb #a4eaf039
+def _json(data:dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False, indent=1) + '\n'
 
 def _to_json(tok:BPETokenizer) -> dict[str, Any]:
-    special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False,
+                   special=True)
     by_id = lambda items: sorted(items, key=lambda item: item[1])
-    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
-    split = dict(type='Split', pattern=dict(Regex=tok.pattern), behavior='Isolated', invert=False)
+    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True,
+                 use_regex=False)
+    split = dict(type='Split', pattern=dict(Regex=tok.pattern), behavior='Isolated',
+                 invert=False)
     model = dict(
         type='BPE', dropout=None, unk_token=None, continuing_subword_prefix=None,
         end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=False,
         vocab=dict(by_id([*((_name(t), i) for t, i in tok.vocab.items()),
-                          *tok.special_tokens.items()])),      # or their ids would be changed
+                          *tok.special_tokens.items()])),          # or they get other ids
         merges=[[_name(a), _name(b)] for a, b in tok.merges])
     return dict(
         version='1.0', truncation=None, padding=None,
@@ -369,29 +380,33 @@ def _to_json(tok:BPETokenizer) -> dict[str, Any]:
         normalizer=None, pre_tokenizer=dict(type='Sequence', pretokenizers=[split, level]),
         post_processor=None, decoder=level, model=model)
 
-# %% ../../nbs/10_bpe.ipynb #3a8c47ea
+# %% ../../nbs/10_bpe.ipynb #ee06ed36
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
           "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 def _config(tok:BPETokenizer) -> dict[str, Any]: # tokenizer_config.json
-    config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)
+    config = dict(tokenizer_class='PreTrainedTokenizerFast',
+                  clean_up_tokenization_spaces=False)
     roles = dict(eos_token='<|endoftext|>', pad_token='<|pad|>')
     config |= {role: name for role, name in roles.items() if name in tok.special_tokens}
-    if {'<|im_start|>', '<|im_end|>'} <= tok.special_tokens.keys(): config['chat_template'] = CHATML
+    if {'<|im_start|>', '<|im_end|>'} <= tok.special_tokens.keys():
+        config['chat_template'] = CHATML
     return config
 
 def _from_json(data:dict[str, Any], path:str) -> dict[str, Any]: # arguments of BPETokenizer
     bytes_of = {name: b for b, name in BYTE_NAMES.items()}
     try:
-        model, special = data['model'], {t['content']: t['id'] for t in data['added_tokens']}
+        model = data['model']
+        special = {t['content']: t['id'] for t in data['added_tokens']}
         pattern = _pattern(data, path)
         raw = lambda name: bytes(bytes_of[c] for c in name)
         vocab = {raw(t): i for t, i in model['vocab'].items() if t not in special}
         pairs = (m.split(' ') if isinstance(m, str) else m for m in model['merges'])
         merges = [(raw(a), raw(b)) for a, b in pairs]
     except (KeyError, TypeError) as e:
-        raise ValueError(f'{path} is no byte-level BPE tokenizer: {type(e).__name__} {e}') from None
+        raise ValueError(f'{path} is no byte-level BPE tokenizer: '
+                         f'{type(e).__name__} {e}') from None
     return dict(vocab=vocab, merges=merges, pattern=pattern, special_tokens=special)
 
 def _pattern(data:dict[str, Any], path:str) -> str: # and refuse what this class does not do
@@ -401,9 +416,10 @@ def _pattern(data:dict[str, Any], path:str) -> str: # and refuse what this class
     odd = [key for key in ('dropout', 'ignore_merges', 'byte_fallback') if model.get(key)]
     odd += ['normalizer'] if data.get('normalizer') else []
     odd += [f"model {model['type']}"] if model['type'] != 'BPE' else []
-    odd += [s['type'] for s in steps[:-1] if s['type'] != 'Split'] + ['Split'] * (len(steps) > 2)
+    odd += [s['type'] for s in steps[:-1] if s['type'] != 'Split']
+    odd += ['several splits'] if len(steps) > 2 else []
     odd += ['no ByteLevel'] if level['type'] != 'ByteLevel' else []
     odd += ['add_prefix_space'] if level.get('add_prefix_space') else []
-    if odd: raise ValueError(f'{path} needs {", ".join(odd)}, which BPETokenizer does not do')
+    if odd: raise ValueError(f'{path} needs {", ".join(odd)}: BPETokenizer cannot do that')
     if len(steps) == 1: return GPT2_PATTERN
     return steps[0]['pattern']['Regex']

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..core import pick_dtype, set_seed, write_atomic
 
-# %% ../../nbs/32_training_loop.ipynb #6dd91e65
+# %% ../../nbs/32_training_loop.ipynb #31e3aa27
 @dataclass(kw_only=True)
 class TrainConfig:
     "All that decides the numbers of a run, and how often it is looked at"
@@ -38,6 +38,7 @@ class TrainConfig:
     betas:tuple[float, float]=(.9, .95) # AdamW's running means
     eps:float=1e-8 # AdamW's floor
     momentum:float=.95 # Muon's running mean
+    rounds:int=5 # Of Muon's Newton-Schulz; 3 cost less and serve small matrices as well
     weight_decay:float=.1 # Of matrices; norms are never decayed
     clip:float=1. # Largest norm of the whole gradient; 0: any
     warmup:int=0 # Steps from 0 to the peak
@@ -146,7 +147,7 @@ class Muon(Optimizer):
         torch._foreach_lerp_(means, grads, 1 - momentum)
         return torch.stack(grads).lerp_(torch.stack(means), momentum)    # Nesterov: one step ahead
 
-# %% ../../nbs/32_training_loop.ipynb #1ae80822
+# %% ../../nbs/32_training_loop.ipynb #28f82008
 def make_optimizers(
     model:nn.Module,
     config:TrainConfig,
@@ -160,7 +161,7 @@ def make_optimizers(
                         eps=config.eps, fused=fused)]
     if config.muon_lr and groups['hidden']:
         optimizers.append(Muon(groups['hidden'], lr=config.muon_lr, momentum=config.momentum,
-                               weight_decay=decay))
+                               weight_decay=decay, rounds=config.rounds))
     for o in optimizers:
         for g in o.param_groups: g['peak'] = g['lr']
     return optimizers

@@ -94,9 +94,10 @@ def bits_per_byte(
     if n_bytes <= 0: raise ValueError(f'n_bytes must be positive, got {n_bytes}')
     return nll / math.log(2) / n_bytes
 
-# %% ../../nbs/31_losses.ipynb #82dff08b
+# %% ../../nbs/31_losses.ipynb #4ddf298d
 def perplexity(
     mean_nll:float, # Mean negative log-probability, nats per token
-) -> float: # How many equally likely tokens would be as hard to guess
-    "Exponential of the mean loss"
-    return math.exp(mean_nll)
+) -> float: # From 1, when every token is certain, to infinity
+    "How many equally likely tokens would be as hard to guess"
+    try: return math.exp(mean_nll)
+    except OverflowError: return math.inf
