@@ -111,7 +111,7 @@ def _papermill(stage:Stage, ws:Workspace, parameters:Mapping[str, Any], root:Pat
     finally:
         if part.exists(): os.replace(part, copy)
 
-# %% ../nbs/03_execution.ipynb #0e583844
+# %% ../nbs/03_execution.ipynb #c840770b
 def run_stage(
     stage:Stage,
     ws:Workspace,
@@ -120,6 +120,7 @@ def run_stage(
     tick:Callable[[Meter, float, float], None]=lambda meter, seconds, gib: None, # Each look
 ) -> dict[str, Any]: # The stage's record
     "Execute one notebook, and write down what it was, took and gave"
+    import papermill  # noqa: F401, some seconds, that are not the first notebook's
     record = dict(stage=stage.name, status='running', parameters=dict(parameters),
                   fingerprint=fingerprint(stage, ws, parameters),
                   started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))

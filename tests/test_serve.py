@@ -160,7 +160,7 @@ def test_inference_client(url:str, loaded, monkeypatch:pytest.MonkeyPatch) -> No
     assert out.generated_text == want.text
     assert [t.id for t in out.details.prefill] == list(want.prompt.ids)
     assert [len(t) for t in out.details.top_tokens] == [2] * 8
-    assert [t[0].id for t in out.details.top_tokens] == [s.id for s in want.steps]
+    assert [t[0]['id'] for t in out.details.top_tokens] == [s.id for s in want.steps]
     stream = list(client.text_generation(PROMPT, max_new_tokens=8, stream=True, details=True))
     assert [s.token.id for s in stream] == [s.id for s in want.steps]
     assert stream[-1].generated_text == want.text

@@ -180,8 +180,8 @@ def test_no_star_import_and_no_broad_except(path:Path) -> None:
 
 
 def functions(tree:ast.Module) -> list[tuple[ast.FunctionDef, bool]]:
-    "Functions and methods of a module, and whether each is a method"
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    "Functions and methods of public classes in a module, and whether each is a method"
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != '_']
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return ([(n, False) for n in tree.body if isinstance(n, kinds)]
             + [(n, True) for c in classes for n in c.body if isinstance(n, kinds)])

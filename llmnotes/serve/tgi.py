@@ -219,7 +219,7 @@ def read_parameters(data:dict[str, Any]) -> Parameters:
     given = typed('parameters', data['parameters'], 'a map')
     return read_fields(Parameters, given, 'parameters.')
 
-# %% ../../nbs/84_tgi.ipynb #f3033d02
+# %% ../../nbs/84_tgi.ipynb #4247fb75
 class Service:
     "A loaded model, its engine and its limits, as coroutines"
     def __init__(self, loaded:Loaded, limits:Limits):
@@ -237,6 +237,9 @@ class Service:
             loop.call_soon_threadsafe(queue.put_nowait, event)
         try: return self.engine.submit(Generation(self.loaded, prompt), emit), queue
         except Overloaded as e: raise TGIError(429, 'overloaded', str(e)) from None
+        except RuntimeError as e:                              # the engine was closed
+            raise TGIError(424, 'generation',
+                           f'Request failed during generation: {e}') from None
 
     async def steps(self, job:Job, queue:asyncio.Queue) -> AsyncIterator[Step]:
         "The steps of a job; leaving early cancels it"
@@ -293,7 +296,7 @@ def event_json(index:int, step:Step, g:Generation) -> dict[str, Any]:
         seed=g.chooser.seed if g.chooser.sampling else None,
         input_length=len(g.prompt.ids)) if last else None}
 
-# %% ../../nbs/84_tgi.ipynb #32067d60
+# %% ../../nbs/84_tgi.ipynb #352d9034
 @dataclass(frozen=True)
 class ChatRequest:
     "What `/v1/chat/completions` takes; the rest is ignored"
@@ -315,6 +318,7 @@ class ChatRequest:
 
     @property
     def parameters(self) -> Parameters:
+        "The same request in TGI's own terms"
         greedy = self.temperature == 0
         p = Parameters(
             do_sample=not greedy, temperature=None if greedy else self.temperature,
@@ -697,7 +701,7 @@ def _limits(args:argparse.Namespace, loaded:Loaded) -> Limits:
     given['max_input_tokens'] = given['max_input_tokens'] or total - 1
     return Limits(**given)
 
-# %% ../../nbs/84_tgi.ipynb #dc1bc58b
+# %% ../../nbs/84_tgi.ipynb #67c66026
 def serve_command(
     argv:Sequence[str], # Arguments after `llmnotes serve`
 ) -> int: # Exit code: 0 stopped on request, 1 could not start
@@ -716,15 +720,17 @@ def serve_command(
     except ImportError as e:
         print(f"llmnotes serve: {e}; pip install 'llmnotes[serve,train]'", file=sys.stderr)
         return 1
+    except KeyboardInterrupt: print('stopped', flush=True); return 130
     if args.threads or loaded.parameters < 100e6: torch.set_num_threads(args.threads or 1)
+    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False,
+        timeout_graceful_shutdown=args.graceful_termination_timeout))
+    def stop(*_:Any) -> None: server.should_exit = True
+    for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, stop)
     print(f'{loaded.name}: {loaded.parameters / 1e6:.1f}M parameters, '
           f'{loaded.model.dtype} on {loaded.model.device}, at {address(sock)} '
           '(Ctrl-C stops it)', flush=True)
     if args.host not in ('127.0.0.1', 'localhost', '::1') and not args.api_key:
         print('anybody who reaches this machine can use it: --api-key', flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False,
-        timeout_graceful_shutdown=args.graceful_termination_timeout))
-    for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *_: None)
     server.run(sockets=[sock])                          # raises the signal again at its end
     print('stopped', flush=True)
     return 0
