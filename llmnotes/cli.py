@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'CHAPTERS', 'TEMPLATE', 'NOISE', 'SAID', 'table', 'list_c
            'doctor_command', 'parse_cells', 'new_command', 'clean_output', 'colab_link', 'cost_line', 'with_outputs',
            'save_outputs', 'run_command', 'Parser', 'make_parser', 'main']
 
-# %% ../nbs/05_command_line.ipynb #5b97b474
+# %% ../nbs/05_command_line.ipynb #d2b0e214
 import argparse
 import errno
 import importlib.util
@@ -25,11 +25,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .core import (SCALES, Workspace, cpu_has_bf16, hardware, package_versions, pick_device,
-                           pick_dtype, project_root, read_records, write_atomic)
+from .core import (SCALES, Workspace, cpu_has_bf16, hardware, package_versions,
+                           pick_device, pick_dtype, project_root, read_records, write_atomic)
 from .execution import run_pipeline
-from .pipeline import (Refused, Stage, StageFailed, parse_parameters, read_stages, select,
-                               stage_record)
+from .pipeline import (Refused, Stage, StageFailed, parse_parameters, read_stages,
+                               select, stage_record)
 from .report import duration, headline, write_page
 
 # %% ../nbs/05_command_line.ipynb #0b5a7f77
@@ -41,7 +41,7 @@ def table(
     lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
     return '\n'.join(lines)
 
-# %% ../nbs/05_command_line.ipynb #55ee74c6
+# %% ../nbs/05_command_line.ipynb #fee05193
 def list_command(args:argparse.Namespace) -> int: # Exit code
     "Number, title, what each notebook takes and gives, and what it cost when it last ran"
     root = project_root()
@@ -49,8 +49,10 @@ def list_command(args:argparse.Namespace) -> int: # Exit code
     rows = [('nn', 'notebook', 'takes', 'gives', f'cost at {args.scale}')]
     for s in read_stages(root):
         cost = costs.get(s.name, {})
-        said = f'{cost["wall_s"]:.0f} s, {cost["peak_gib"]:.1f} GiB' if 'wall_s' in cost else '-'
-        rows.append((s.number, s.title, ', '.join(s.takes) or '-', ', '.join(s.gives) or '-', said))
+        said = '-'
+        if 'wall_s' in cost: said = f'{cost["wall_s"]:.0f} s, {cost["peak_gib"]:.1f} GiB'
+        takes, gives = (', '.join(names) or '-' for names in (s.takes, s.gives))
+        rows.append((s.number, s.title, takes, gives, said))
     print(table(rows))
     return 0
 
@@ -71,7 +73,7 @@ def reachable(
     thread.start(); thread.join(seconds)
     return bool(answers)
 
-# %% ../nbs/05_command_line.ipynb #84df006a
+# %% ../nbs/05_command_line.ipynb #48864106
 def optional(
     have:dict[str, str], # Installed versions
     *,
@@ -81,7 +83,8 @@ def optional(
     missing = {'transformers': 'comparisons with transformers', 'matplotlib': 'all notebooks',
                'papermill': 'llmnotes run', 'nbdev': 'llmnotes new', 'psutil': 'llmnotes run',
                'peft': 'comparisons with peft', 'trl': 'comparisons with trl',
-               'bitsandbytes': 'comparisons with bitsandbytes', 'lm-eval': 'comparisons with lm-eval',
+               'bitsandbytes': 'comparisons with bitsandbytes',
+               'lm-eval': 'comparisons with lm-eval',
                'datasets': 'data sets of the hub', 'tiktoken': 'comparisons with tiktoken'}
     rows = [(what, f"{name} is not installed: pip install 'llmnotes[dev]'")
             for name, what in missing.items() if name not in have]
@@ -91,7 +94,7 @@ def optional(
     if not shutil.which('quarto'): rows.append(('make docs', 'quarto is not installed'))
     return rows
 
-# %% ../nbs/05_command_line.ipynb #e1e1405d
+# %% ../nbs/05_command_line.ipynb #b35176ca
 PACKAGES = ('llmnotes', 'torch', 'numpy', 'tokenizers', 'transformers', 'peft', 'trl',
             'bitsandbytes', 'datasets', 'lm-eval', 'tiktoken', 'matplotlib', 'papermill',
             'nbconvert', 'psutil', 'nbdev', 'flash-attn')
@@ -116,7 +119,8 @@ def doctor_command(args:argparse.Namespace) -> int: # Exit code
         dtype = str(pick_dtype()).removeprefix('torch.')
         rows.append(('device', f'{hardware()["gpu"] or device}, computes in {dtype}'))
     print(table(rows), '\n\nskipped here:', sep='')
-    print(table([(f'  {what}', why) for what, why in optional(have, cuda=cuda, network=network)]))
+    skipped = optional(have, cuda=cuda, network=network)
+    print(table([(f'  {what}', why) for what, why in skipped]))
     return 0
 
 # %% ../nbs/05_command_line.ipynb #a797cb7f
@@ -290,11 +294,11 @@ def cost_line(
     rest = [p for p in parts if not p.startswith('`')]
     return ' · '.join([link, *(told[s] for s in SCALES if s in told), *rest])
 
-# %% ../nbs/05_command_line.ipynb #6d9d895b
+# %% ../nbs/05_command_line.ipynb #c9bf9cbd
 def with_outputs(
     source:dict[str, Any], # The notebook in `nbs/`, as JSON
     executed:dict[str, Any], # Its executed copy
-) -> dict[str, Any]|None: # The first with the outputs of the second; nothing if the cells differ
+) -> dict[str, Any]|None: # The first with the second's outputs; nothing if the cells differ
     "Put outputs under the cells that made them"
     ran = [c for c in executed['cells']
            if 'injected-parameters' not in c['metadata'].get('tags', ())]
@@ -414,8 +418,9 @@ def _command(commands:Any, name:str, run:Any, text:str) -> argparse.ArgumentPars
     parser.set_defaults(command=run)
     return parser
 
-# %% ../nbs/05_command_line.ipynb #b2d2763b
-SAID = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+# %% ../nbs/05_command_line.ipynb #7fe6be47
+SAID = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+        errno.ENOTDIR}
 
 def main(
     argv:Sequence[str]|None=None, # Default: what the shell gave

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Meter', 'failure_text', 'run_stage', 'locked', 'stage_line', 'run_pipeline']
 
-# %% ../nbs/03_execution.ipynb #b265e7b7
+# %% ../nbs/03_execution.ipynb #effcaa00
 import json
 import os
 import re
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from .core import Workspace, project_root, write_atomic
-from .pipeline import (Refused, Stage, StageFailed, fingerprint, read_cells, stage_record,
-                               stage_values, why_run)
+from .pipeline import (Refused, Stage, StageFailed, fingerprint, read_cells,
+                               stage_record, stage_values, why_run)
 
-# %% ../nbs/03_execution.ipynb #8f03e58e
+# %% ../nbs/03_execution.ipynb #e580af21
 def _high_water(pid:int) -> int: # bytes; 0 where the system does not tell
     with suppress(OSError):
         found = re.search(r'VmHWM:\s+(\d+) kB', Path(f'/proc/{pid}/status').read_text())
@@ -31,7 +31,7 @@ def _high_water(pid:int) -> int: # bytes; 0 where the system does not tell
 class Meter(threading.Thread):
     "Peak memory of all processes that this one starts while the block runs; ends what is left"
     def __init__(self,
-        tick:Callable[['Meter', float, float], None]=lambda meter, seconds, gib: None, # Each look
+        tick:Callable[['Meter', float, float], None]=lambda *look: None, # Meter, seconds, GiB
     ):
         super().__init__(daemon=True)
         import psutil
@@ -49,7 +49,7 @@ class Meter(threading.Thread):
         self.tick(self, time.perf_counter() - self.start_time, total / 2**30)
 
     def run(self) -> None:
-        while not self.over.wait(.1): self.look()
+        while not self.over.wait(.2): self.look()
 
     def __enter__(self) -> 'Meter':
         self.start_time = time.perf_counter()
@@ -173,7 +173,7 @@ def locked(
         yield note
         f.truncate(0)
 
-# %% ../nbs/03_execution.ipynb #ade3f9fb
+# %% ../nbs/03_execution.ipynb #dbc46f59
 def _clear_leftovers(ws:Workspace) -> None: # of a killed run; the lock is held
     for p in [*ws.artifacts.glob('.*'), *(ws.path/'notebooks').glob('.*'),
               *(ws.path/'stages').glob('.*'), *ws.results.glob('.*')]:
@@ -184,11 +184,12 @@ def stage_line(
     why:str, # The reason for which it ran
 ) -> str:
     "What the run says about a stage"
-    gives = ', '.join(f'{n} ({a["bytes"] / 1e6:,.1f} MB)' for n, a in record['artifacts'].items())
+    made = record['artifacts'].items()
+    gives = ', '.join(f'{n} ({a["bytes"] / 1e6:,.1f} MB)' for n, a in made)
     return (f'{record["stage"]:<20} {record["wall_s"]:6.1f} s {record["peak_gib"]:6.2f} GiB   '
             f'{("-> " + gives) if gives else "":<34} {why}').rstrip()
 
-# %% ../nbs/03_execution.ipynb #db9a7c53
+# %% ../nbs/03_execution.ipynb #83c223a6
 def run_pipeline(
     stages:Sequence[Stage], # Selected ones, by number
     ws:Workspace,
@@ -202,8 +203,8 @@ def run_pipeline(
     "Run what is not done, in order; go on where a killed run was"
     from tqdm import tqdm
     root, ran = Path(root or project_root()).resolve(), []
-    with locked(ws) as note, tqdm(total=len(stages), unit='notebook', disable=None,
-                                  leave=False, bar_format='{l_bar}{bar}| {n}/{total} {desc}') as bar:
+    shape = dict(disable=None, leave=False, bar_format='{l_bar}{bar}| {n}/{total} {desc}')
+    with locked(ws) as note, tqdm(total=len(stages), **shape) as bar:
         _clear_leftovers(ws)
         for stage in stages:
             values = stage_values(stage, ws, scale, given or {}, root)

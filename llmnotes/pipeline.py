@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'Refused', 'StageFailed', 'read_cells', 'code_tree', 'arti
            'makers', 'depends_on', 'select', 'parse_parameters', 'library_files', 'fingerprint', 'stage_values',
            'stage_record', 'why_run']
 
-# %% ../nbs/02_pipeline.ipynb #3e7ad1cf
+# %% ../nbs/02_pipeline.ipynb #d6889440
 import ast
 import hashlib
 import json
@@ -16,6 +16,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def code_tree(
     lines = [l for c in code if not c.startswith('%%') for l in c.splitlines()]
     return ast.parse('\n'.join(l for l in lines if not re.match(r'\s*[%!]', l)))
 
-# %% ../nbs/02_pipeline.ipynb #4b75d2d4
+# %% ../nbs/02_pipeline.ipynb #0f854ae0
 def _opened(call:ast.AST) -> bool: # is it `Workspace(workspace)`?
     return (isinstance(call, ast.Call) and ast.unparse(call.func).endswith('Workspace')
             and [ast.unparse(a) for a in call.args] == ['workspace'])
@@ -56,8 +57,7 @@ def artifact_names(
     nodes = list(ast.walk(tree))
     assigned = [(t, n.value) for n in nodes if isinstance(n, ast.Assign) for t in n.targets]
     pairs = [p for t, v in assigned                                  # ws, rec = ..., ... too
-             for p in (zip(t.elts, v.elts) if isinstance(t, ast.Tuple) and isinstance(v, ast.Tuple)
-                       else [(t, v)])]
+             for p in (zip(t.elts, v.elts) if type(t) is type(v) is ast.Tuple else [(t, v)])]
     names = {ast.unparse(t) for t, v in pairs if _opened(v)}
     calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
              and n.func.attr == method and n.args and isinstance(n.args[0], ast.Constant)
@@ -91,14 +91,15 @@ def _defaults(cells:Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {ast.unparse(t): _literal(n.value) for n in found
             for t in (n.targets if isinstance(n, ast.Assign) else [n.target])}
 
-# %% ../nbs/02_pipeline.ipynb #2780fd65
+# %% ../nbs/02_pipeline.ipynb #25cbf209
 def read_stage(
     path:str|os.PathLike, # A notebook, `nbs/31_losses.ipynb`
 ) -> Stage:
     "What a notebook is called, takes and gives"
     cells = read_cells(path)
     try: tree = code_tree(cells)
-    except SyntaxError as e: raise Refused(f'{Path(path).name} is not valid Python: {e}') from None
+    except SyntaxError as e:
+        raise Refused(f'{Path(path).name} is not valid Python: {e}') from None
     text = '\n'.join(c['source'] for c in cells)
     title = re.search(r'^# (.+)$', text, flags=re.M)
     module = re.search(r'^#\| ?default_exp (\S+)$', text, flags=re.M)
@@ -180,7 +181,7 @@ def parse_parameters(
         for n in given.keys() & s.parameters.keys(): _fit(n, given[n], s.parameters[n])
     return given
 
-# %% ../nbs/02_pipeline.ipynb #5e9f443c
+# %% ../nbs/02_pipeline.ipynb #63fbee0e
 PACKAGE = Path(__file__).parent if '__file__' in globals() else project_root()/'llmnotes'
 
 def _module_file(dotted:str) -> Path|None: # of a module of llmnotes
@@ -196,18 +197,22 @@ def _imported(tree:ast.AST, package:str) -> Iterator[str]: # dotted names that m
             yield base
             yield from (f'{base}.{a.name}' for a in n.names)
 
+@lru_cache(maxsize=None)
+def _imports_of(file:Path, name:str, changed:int) -> tuple[str, ...]: # remembered until it changes
+    package = name if file.name == '__init__.py' else name.rpartition('.')[0]
+    return tuple(_imported(ast.parse(file.read_text(encoding='utf-8')), package))
+
 def library_files(
     tree:ast.AST, # Code of a notebook
 ) -> list[Path]: # Modules of llmnotes that it reaches
     "What the code imports of the library, directly or not"
-    found, todo = {}, list(_imported(tree, ''))
+    found, todo = set(), list(_imported(tree, ''))
     while todo:
         name = todo.pop()
         file = _module_file(name) if name.split('.')[0] == 'llmnotes' else None
         if not file or file in found: continue
-        found[file] = name
-        package = name if file.name == '__init__.py' else name.rpartition('.')[0]
-        todo += _imported(ast.parse(file.read_text()), package)
+        found.add(file)
+        todo += _imports_of(file, name, file.stat().st_mtime_ns)
     return sorted(found)
 
 # %% ../nbs/02_pipeline.ipynb #beff2411

@@ -44,10 +44,10 @@ def number(
     "A measured value in four digits, or whole"
     return f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.4g}'
 
-# %% ../nbs/04_results_page.ipynb #e2c32b50
+# %% ../nbs/04_results_page.ipynb #6493b70a
 def lanes(
     stages:Sequence[Stage],
-) -> dict[str, tuple[int, int, int]]: # {artifact: (lane, row of its maker, row of its last use)}
+) -> dict[str, tuple[int, int, int]]: # {artifact: (lane, row of its maker, of its last use)}
     "Give each artifact a lane of its own while it is needed; free lanes are taken again"
     rows = {a: i for i, s in enumerate(stages) for a in s.gives}
     last = {a: max([i for i, s in enumerate(stages) if a in s.takes and i > at], default=at)
@@ -60,7 +60,7 @@ def lanes(
         found[a] = (lane, at, last[a])
     return found
 
-# %% ../nbs/04_results_page.ipynb #d7f4b140
+# %% ../nbs/04_results_page.ipynb #d4baf19f
 def _text(x:float, y:float, text:str, *, size:int=14, extra:str='', more:str='') -> str:
     return (f'<text x="{x:.0f}" y="{y:.0f}" font-size="{size}" {extra}>'
             f'{html.escape(text)}{more}</text>')
@@ -75,21 +75,23 @@ def colours_of(stages:Sequence[Stage]) -> dict[str, str]: # {artifact: colour}
 
 def _said(record:Mapping[str, Any]) -> str:
     if not record: return 'not run'
-    if record['status'] != 'done': return {'running': 'interrupted'}.get(record['status'], 'failed')
+    if record['status'] != 'done':
+        return {'running': 'interrupted'}.get(record['status'], 'failed')
     return f'{duration(record["wall_s"])} · {record["peak_gib"]:.1f} GiB'
 
-# %% ../nbs/04_results_page.ipynb #a82e1c71
+# %% ../nbs/04_results_page.ipynb #6a3af10f
 def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:float, *,
          narrow:bool, colours:Mapping[str, str], share:float) -> str:
     "One stage: number and title, what it cost, what it took and gave"
     plain = not (stage.takes or stage.gives)
     wrong = bool(record) and record['status'] != 'done'
     made = record.get('artifacts', {})
-    taken = () if narrow and stage.gives else stage.takes            # a phone has no room for both
+    taken = [a for a in stage.takes if a in colours]                 # those that somebody makes
+    if narrow and stage.gives: taken = []                            # no room for both
     arts = [(a, '') for a in taken] + [(None, '→')] * bool(stage.gives)
     arts += [(a, f' {size(made[a]["bytes"])}' if a in made else '') for a in stage.gives]
-    spans = ' '.join(f'<tspan fill="{colours.get(a, "currentColor")}">{html.escape(a)}</tspan>{note}'
-                     if a else note for a, note in arts)
+    spans = ' '.join(f'<tspan fill="{colours[a]}">{html.escape(a)}</tspan>{note}' if a else note
+                     for a, note in arts)
     stroke = COLOURS[1] if wrong else 'currentColor'
     dash = '' if record else ' stroke-dasharray="4 4"'
     frame = (f'<rect x="{x:.0f}" y="{y:.0f}" width="{w:.0f}" height="{h:.0f}" rx="8" fill="none" '
@@ -100,16 +102,17 @@ def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:flo
     name = f'<tspan dx="8">{html.escape(_cut(stage.title, room - 30, 15))}</tspan>'
     title = _text(x + 12, y + 21, stage.number, size=15, more=name,
                   extra=f'fill="currentColor" font-weight="{400 if plain else 600}"')
-    cost = _text(x + (12 if narrow else w - 12), y + (39 if narrow else 21), _said(record), size=13,
-                 extra=f'fill="{stroke}" fill-opacity=".75" text-anchor="{"start" if narrow else "end"}"')
+    at, anchor = ((x + 12, y + 39), 'start') if narrow else ((x + w - 12, y + 21), 'end')
+    cost = _text(*at, _said(record), size=13,
+                 extra=f'fill="{stroke}" fill-opacity=".75" text-anchor="{anchor}"')
     flow = '' if plain else _text(x + 12, y + (57 if narrow else 42), '', size=13, more=spans,
                                   extra='fill="currentColor"')
     return f'<a href="pages/{html.escape(stage.name)}.html">{frame}{bar}{title}{cost}{flow}</a>'
 
-# %% ../nbs/04_results_page.ipynb #de08f3cb
+# %% ../nbs/04_results_page.ipynb #0a170b5c
 def pipeline_svg(
     stages:Sequence[Stage], # In order
-    records:Mapping[str, Mapping[str, Any]], # {notebook: stage record}, empty where it never ran
+    records:Mapping[str, Mapping[str, Any]], # {notebook: stage record}, empty if it never ran
     *,
     width:int=1040, # Pixels; below 600 the text is set for a phone
 ) -> str: # An SVG element that takes the page's text colour
@@ -199,7 +202,7 @@ def reader_view(
     nb.cells = kept
     return formulas
 
-# %% ../nbs/04_results_page.ipynb #ebbf15d4
+# %% ../nbs/04_results_page.ipynb #f7c8dd92
 CSS = '''
 :root{color-scheme:light dark;--ink:#1d2125;--soft:#5c6670;--line:#d9dee3;--ground:#fff;
 --card:#f6f8fa;--link:#1f6f9f;--key:#a13d63;--str:#3d7a34;--num:#8a5a00;--note:#6b7680}
@@ -221,7 +224,7 @@ background:var(--card);padding:.1em .3em;border-radius:4px}
 '''
 
 PAGE_CSS = '''
-body.notebook{max-width:820px}.cell{margin:1rem 0}.input pre{background:var(--card);
+body.notebook{max-width:870px}.cell{margin:1rem 0}.input pre{background:var(--card);
 border-radius:8px;padding:.8rem 1rem}.output pre,.output_area pre{padding:.5rem 1rem;
 white-space:pre-wrap;overflow-wrap:anywhere;color:var(--soft)}blockquote{margin:0;
 padding-left:1rem;border-left:3px solid var(--line);font-size:1.1rem}.anchor-link{display:none}
@@ -255,12 +258,13 @@ def notebook_html(
     body = re.sub('\ue000(\\d+)\ue001', lambda m: formulas[int(m[1])], body)
     return re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', body)
 
-# %% ../nbs/04_results_page.ipynb #8ec864e0
+# %% ../nbs/04_results_page.ipynb #bfd217b9
 def figures_of(
     path:str|Path, # An executed notebook
 ) -> list[bytes]: # PNG files, in order
     "The figures that a notebook drew"
-    outputs = [o for c in json.loads(Path(path).read_text())['cells'] for o in c.get('outputs', ())]
+    cells = json.loads(Path(path).read_text())['cells']
+    outputs = [o for c in cells for o in c.get('outputs', ())]
     found = [o['data']['image/png'] for o in outputs if 'image/png' in o.get('data', {})]
     return [base64.b64decode(''.join(f)) for f in found]
 
@@ -269,14 +273,15 @@ def samples_of(
     most:int=3,
 ) -> list[str]: # What the model wrote
     "Outputs of the cells labelled `#| label: samples`, else of those that call `.generate(`"
-    cells = [c for c in json.loads(Path(path).read_text())['cells'] if c['cell_type'] == 'code']
+    cells = json.loads(Path(path).read_text())['cells']
+    cells = [c for c in cells if c['cell_type'] == 'code']
     chosen = [c for c in cells if re.search(r'^#\| ?label: samples', ''.join(c['source']), re.M)]
     chosen = chosen or [c for c in cells if '.generate(' in ''.join(c['source'])]
     texts = [''.join(o.get('text') or o.get('data', {}).get('text/plain', ''))
              for c in chosen for o in c['outputs'] if o.get('name') != 'stderr']
     return [t.strip() for t in texts if t.strip()][-most:]
 
-# %% ../nbs/04_results_page.ipynb #48e01c69
+# %% ../nbs/04_results_page.ipynb #8fb840aa
 def held_out(
     records:Sequence[Mapping[str, Any]], # From `read_records`
 ) -> tuple[str, list[tuple[str, float]]]: # Notebook, and (who, bits per byte) with ours first
@@ -297,9 +302,10 @@ def headline(
     if not found: return 'no held-out bits per byte yet'
     (_, ours), *others = found
     beside = ', '.join(f'{who} {v:.2f}' for who, v in others)
-    return f'held-out text: {ours:.2f} bits per byte' + (f' (beside it: {beside})' if beside else '')
+    beside = f' (beside it: {beside})' if beside else ''
+    return f'held-out text: {ours:.2f} bits per byte{beside}'
 
-# %% ../nbs/04_results_page.ipynb #90a6fc56
+# %% ../nbs/04_results_page.ipynb #2763f4ff
 def _bars(found:Sequence[tuple[str, float]]) -> str: # shorter is better
     longest = max(v for _, v in found)
     return ''.join(
@@ -314,21 +320,23 @@ def _result(ws:Workspace, records:Sequence[Mapping[str, Any]]) -> str:
     samples = samples_of(copy) if copy.exists() else []
     quotes = ''.join(f'<pre class="sample">{html.escape(s[:700])}</pre>' for s in samples)
     wrote = f'<h3>What it writes</h3>{quotes}' if quotes else ''
-    return (f'<section class="result"><p class="big"><b>{found[0][1]:.2f}</b> bits per byte on text '
-            f'that the model never saw</p>{_bars(found)}<p class="soft">Bits that each byte of the '
-            f'held-out text costs; less is better. From <a href="pages/{name}.html">'
+    return (f'<section class="result"><p class="big"><b>{found[0][1]:.2f}</b> bits per byte on '
+            f'text that the model never saw</p>{_bars(found)}<p class="soft">Bits that each byte '
+            f'of the held-out text costs; less is better. From <a href="pages/{name}.html">'
             f'{html.escape(name)}</a>.</p>{wrote}</section>')
 
-# %% ../nbs/04_results_page.ipynb #0ef0a7f3
+# %% ../nbs/04_results_page.ipynb #39527390
 def _metrics(record:Mapping[str, Any], most:int=3) -> str:
     rows = list({m['name']: m for m in record.get('metrics', ())}.values())[:most]
     return '<br>'.join(f'{html.escape(m["name"])}: {number(m["value"])} {html.escape(m["unit"])}'
                        for m in rows)
 
-def _stage_rows(stages:Sequence[Stage], runs:Mapping[str, Any], records:Mapping[str, Any]) -> str:
+def _stage_rows(stages:Sequence[Stage], runs:Mapping[str, Any],
+                records:Mapping[str, Any]) -> str:
     rows = []
     for s in stages:
         run = runs.get(s.name, {})
+        used = run.get('fingerprint', {}).get('inputs', {}).items()
         gave = '<br>'.join(f'{html.escape(a)} <span class="soft">{size(d["bytes"])}</span>'
                            for a, d in run.get('artifacts', {}).items())
         title = html.escape(f'{s.number} {s.title}')
@@ -336,13 +344,14 @@ def _stage_rows(stages:Sequence[Stage], runs:Mapping[str, Any], records:Mapping[
         peak = f'{run["peak_gib"]:.2f} GiB' if 'peak_gib' in run else ''
         took_s = duration(run['wall_s']) if 'wall_s' in run else _said(run)
         cells = (('notebook', link), ('time', took_s), ('peak memory', peak),
-                 ('took', '<br>'.join(map(html.escape, s.takes))), ('gave', gave),
-                 ('measured', _metrics(records.get(s.name, {}))))
+                 ('took', '<br>'.join(html.escape(a) for a, d in used if d != 'absent')),
+                 ('gave', gave), ('measured', _metrics(records.get(s.name, {}))))
         rows.append('<tr>' + ''.join(
             f'<td data-label="{k}"{" class=num" if k in ("time", "peak memory") else ""}>'
             f'<span>{v}</span></td>'
             if v else '<td class="none"></td>' for k, v in cells) + '</tr>')
-    head = ''.join(f'<th>{h}</th>' for h in ('notebook', 'time', 'peak memory', 'took', 'gave', 'measured'))
+    names = ('notebook', 'time', 'peak memory', 'took', 'gave', 'measured')
+    head = ''.join(f'<th>{n}</th>' for n in names)
     return f'<table class="stages"><tr>{head}</tr>{"".join(rows)}</table>'
 
 def _conformance(records:Sequence[Mapping[str, Any]]) -> str:
@@ -355,14 +364,16 @@ def _conformance(records:Sequence[Mapping[str, Any]]) -> str:
     return ('<div class="wide"><table><tr>' + ''.join(f'<th>{h}</th>' for h in head) + '</tr>'
             + ''.join(f'<tr>{tds(r)}</tr>' for r in rows) + '</table></div>')
 
-# %% ../nbs/04_results_page.ipynb #2b685aea
+# %% ../nbs/04_results_page.ipynb #0927a829
 INDEX_CSS = '''
 .big{font-size:1.5rem;line-height:1.3;margin:1.5rem 0}.big b{font-size:3.4rem;line-height:1;
 color:#4c8eb5;margin-right:.3rem}.bar{display:flex;align-items:center;margin:.35rem 0}
 .bar span{flex:0 0 11rem}.bar i{height:1.1rem;border-radius:3px;background:#9a9a9a}
-.bar.ours i{background:#4c8eb5}.bar b{margin-left:.5rem;font-weight:600}.sample{background:var(--card);border-radius:8px;padding:.8rem 1rem;
+.bar.ours i{background:#4c8eb5}.bar b{margin-left:.5rem;font-weight:600}
+.sample{background:var(--card);border-radius:8px;padding:.8rem 1rem;
 margin:.6rem 0;white-space:pre-wrap;overflow-wrap:anywhere}.phone{display:none}
-.stages{width:100%}.gallery{display:grid;gap:1.5rem;
+.stages{width:100%}.stages th:nth-child(2),.stages th:nth-child(3){text-align:right}
+.stages .soft{white-space:nowrap}.gallery{display:grid;gap:1.5rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}figure{margin:0;
 border:1px solid var(--line);border-radius:8px;padding:.8rem}figcaption{font-size:.9rem}
 @media(max-width:700px){.desk{display:none}.phone{display:block}.bar span{flex-basis:7rem}
@@ -388,14 +399,15 @@ def write_page(
                         shown[i + 1] if i + 1 < len(shown) else None, runs[s.name])
         for png in figures_of(copy)[-1:]:
             write_atomic(ws.path/'figures'/f'{s.name}.png', png)
-            figures.append(f'<figure><a href="pages/{s.name}.html"><img loading="lazy" alt="last figure of '
-                           f'{html.escape(s.title)}" src="figures/{s.name}.png"></a><figcaption>'
-                           f'{s.number} {html.escape(s.title)}</figcaption></figure>')
+            title = html.escape(s.title)
+            figures.append(f'<figure><a href="pages/{s.name}.html"><img loading="lazy" '
+                           f'alt="last figure of {title}" src="figures/{s.name}.png"></a>'
+                           f'<figcaption>{s.number} {title}</figcaption></figure>')
     done = [r for r in runs.values() if r.get('status') == 'done']
-    machine = records[-1]['hardware'] if records else {}
+    machine = [r['hardware'] for r in records[-1:]]
     about = [f'{len(done)} of {len(stages)} notebooks', duration(sum(r['wall_s'] for r in done)),
              f'at most {max((r["peak_gib"] for r in done), default=0):.1f} GiB',
-             *([f'{machine["gpu"] or machine["cpu"]}, {machine["cores"]} cores'] if machine else [])]
+             *[f'{m["gpu"] or m["cpu"]}, {m["cores"]} cores' for m in machine]]
     body = (f'<h1>A language model’s life, run on this machine</h1>'
             f'<p class="soft">{html.escape(" · ".join(about))}</p>{_result(ws, records)}'
             '<h2>The pipeline</h2><div class="desk">' + pipeline_svg(stages, runs)
@@ -410,8 +422,10 @@ def write_page(
 def _write_notebook(stage:Stage, copy:Path, folder:Path, before:Stage|None, after:Stage|None,
                     run:Mapping[str, Any]) -> None:
     page, mine = folder/f'{stage.name}.html', Path(__file__) if '__file__' in globals() else copy
-    if page.exists() and page.stat().st_mtime > max(copy.stat().st_mtime, mine.stat().st_mtime): return
-    link = lambda s, text: f'<a href="{s.name}.html">{html.escape(text)}</a>' if s else '<span></span>'
+    made_from = max(copy.stat().st_mtime, mine.stat().st_mtime)
+    if page.exists() and page.stat().st_mtime > made_from: return
+    link = lambda s, text: (f'<a href="{s.name}.html">{html.escape(text)}</a>' if s else
+                            '<span></span>')
     nav = (f'<nav>{link(before, "← " + before.title if before else "")}<a href="../index.html">'
            f'all notebooks</a>{link(after, after.title + " →" if after else "")}</nav>')
     body = f'{nav}<p class="note">{html.escape(_said(run))}</p>{notebook_html(copy)}{nav}'

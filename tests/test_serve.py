@@ -391,20 +391,31 @@ def test_overload(url:str) -> None:
     assert call(url, '/generate', ok())[0] == 200
 
 
-def test_a_client_that_hangs_up_stops_its_decoding(url:str) -> None:
-    steps = 'tgi_request_success'
-    before = gauge(url, steps)
-    with open_stream(url): pass
+def send(url:str, path:str, body:bytes, length:int|None=None) -> socket.socket:
+    "A request whose answer nobody has read yet"
     host, port = url.removeprefix('http://').split(':')
-    body = json.dumps(ok(900)).encode()
-    with socket.create_connection((host, int(port))) as s:    # one that waits for a whole answer
-        s.sendall(b'POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
-                  b'Content-Length: %d\r\n\r\n' % len(body) + body)
-        while not gauge(url, 'tgi_batch_current_size'): time.sleep(.005)
-    idle(url)
-    with socket.create_connection((host, int(port))) as s:    # and one that leaves half a body
-        s.sendall(b'POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"inp')
-    assert gauge(url, steps) == before, 'an answer was made that nobody waited for'
+    s = socket.create_connection((host, int(port)), timeout=60)
+    s.sendall(b'POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
+              b'Content-Length: %d\r\n\r\n' % (path.encode(), length or len(body)) + body)
+    return s
+
+
+@pytest.mark.parametrize('path', ['/generate', '/generate_stream', '/v1/chat/completions'])
+def test_a_client_that_hangs_up_stops_its_decoding(model:Path, path:str) -> None:
+    "Its 900 tokens would take nine seconds and more; a few are made before it is noticed"
+    own = load_model(model)
+    forward, steps = own.model.forward, []
+    def slow(*args, **kwargs): time.sleep(.01); steps.append(1); return forward(*args, **kwargs)
+    own.model.forward = slow
+    service = tgi.Service(own, tgi.Limits(max_input_tokens=900, max_total_tokens=1024))
+    data = ok(900) | {'messages': [{'role': 'user', 'content': 'x'}], 'max_tokens': 900}
+    with tgi.serving(tgi.create_app(service)) as url:
+        with send(url, path, json.dumps(data).encode()):
+            while len(steps) < 3: time.sleep(.002)
+        while service.engine.jobs: time.sleep(.002)
+        assert len(steps) < 450 and service.counts['tgi_request_success'] == 0
+        with send(url, path, b'{"inp', length=99): pass      # one that leaves half a body
+        assert call(url, '/generate', ok())[0] == 200
 
 
 def test_a_failing_step_fails_one_request(model:Path) -> None:
@@ -439,7 +450,9 @@ def test_api_key(loaded) -> None:
 
 def refused(capsys:pytest.CaptureFixture, *args:object) -> str:
     "The one sentence of a server that does not start"
-    assert tgi.serve_command([*map(str, args), '--port', '0']) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('uvicorn.Server.run', lambda *_, **kw: pytest.fail('it started'))
+        assert tgi.serve_command([*map(str, args), '--port', '0']) == 1
     said = capsys.readouterr().err.strip()
     assert said.startswith('llmnotes serve: ') and '\n' not in said and 'Traceback' not in said
     return said

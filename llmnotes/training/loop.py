@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 from ..core import pick_dtype, set_seed, write_atomic
 
-# %% ../../nbs/32_training_loop.ipynb #31e3aa27
+# %% ../../nbs/32_training_loop.ipynb #9879f795
 @dataclass(kw_only=True)
 class TrainConfig:
     "All that decides the numbers of a run, and how often it is looked at"
     steps:int # Optimizer steps
     lr:float=1e-3 # Peak learning rate of AdamW
-    muon_lr:float|None=None # Peak of Muon, for the hidden matrices; none: AdamW has them as well
+    muon_lr:float|None=None # Peak of Muon, for hidden matrices; none: AdamW has them too
     betas:tuple[float, float]=(.9, .95) # AdamW's running means
     eps:float=1e-8 # AdamW's floor
     momentum:float=.95 # Muon's running mean
@@ -60,9 +60,10 @@ class TrainConfig:
         if self.steps < 1 or self.accumulate < 1 or not 0 <= self.warmup <= self.steps:
             raise ValueError(f'steps {self.steps}, accumulate {self.accumulate}, warmup '
                              f'{self.warmup}: need 1 or more, 1 or more, 0 to steps')
-        if not 0 <= self.decay <= 1: raise ValueError(f'decay {self.decay} is not in [0, 1]')
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f'decay {self.decay} is not in [0, 1]')
 
-# %% ../../nbs/32_training_loop.ipynb #6fd59ddd
+# %% ../../nbs/32_training_loop.ipynb #18bdcaef
 def lr_at(
     step:int, # 0, 1, ..., steps - 1
     config:TrainConfig,
@@ -73,7 +74,8 @@ def lr_at(
         done = (step - config.warmup) / max(1, config.steps - config.warmup)
         share = (1 + math.cos(math.pi * done)) / 2
     else:
-        falling = max(1, min(round(config.decay * config.steps), config.steps - config.warmup))
+        most = config.steps - config.warmup
+        falling = max(1, min(round(config.decay * config.steps), most))
         share = min(1, (config.steps - step) / falling)
     return config.final + (1 - config.final) * share
 
@@ -90,14 +92,14 @@ def param_groups(
         groups['rest' if p.dim() < 2 else 'tokens' if id(p) in tokens else 'hidden'].append(p)
     return groups
 
-# %% ../../nbs/32_training_loop.ipynb #a61e0de9
+# %% ../../nbs/32_training_loop.ipynb #fe0abfc0
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 def orthogonalise(
     G:Tensor, # (..., rows, columns)
     *,
     rounds:int=5,
-    coefficients:tuple[float, float, float]=NEWTON_SCHULZ, # Of X, of its cube, of its fifth power
+    coefficients:tuple[float, float, float]=NEWTON_SCHULZ, # Of X, X^3 and X^5
 ) -> Tensor: # Like G: same singular vectors, singular values near 1
     "Newton-Schulz iteration; bfloat16 on a GPU, the given type elsewhere"
     a, b, c = coefficients
@@ -110,7 +112,7 @@ def orthogonalise(
         X = a * X + (b * A + c * A @ A) @ X
     return (X.mT if tall else X).to(G.dtype)
 
-# %% ../../nbs/32_training_loop.ipynb #9f4e83e0
+# %% ../../nbs/32_training_loop.ipynb #c2008ed8
 class Muon(Optimizer):
     "Momentum, orthogonalised: for matrices inside the network"
     def __init__(self,
@@ -123,7 +125,8 @@ class Muon(Optimizer):
     ):
         params = list(params)
         if any(p.dim() != 2 for p in params):
-            raise ValueError(f'Muon is for matrices; got {[tuple(p.shape) for p in params if p.dim() != 2]}')
+            wrong = [tuple(p.shape) for p in params if p.dim() != 2]
+            raise ValueError(f'Muon is for matrices; got {wrong}')
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       rounds=rounds))
 
@@ -140,12 +143,12 @@ class Muon(Optimizer):
                 torch._foreach_mul_(same, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(same, list(U.unbind()), alpha=-scale)
 
-    def _momentum(self, same:list[nn.Parameter], momentum:float) -> Tensor: # (n, rows, columns)
+    def _momentum(self, same:list[nn.Parameter], momentum:float) -> Tensor: # (n, rows, cols)
         for p in same:
             if not self.state[p]: self.state[p]['mean'] = torch.zeros_like(p)
         means, grads = [self.state[p]['mean'] for p in same], [p.grad for p in same]
         torch._foreach_lerp_(means, grads, 1 - momentum)
-        return torch.stack(grads).lerp_(torch.stack(means), momentum)    # Nesterov: one step ahead
+        return torch.stack(grads).lerp_(torch.stack(means), momentum)    # Nesterov
 
 # %% ../../nbs/32_training_loop.ipynb #28f82008
 def make_optimizers(
@@ -166,13 +169,13 @@ def make_optimizers(
         for g in o.param_groups: g['peak'] = g['lr']
     return optimizers
 
-# %% ../../nbs/32_training_loop.ipynb #b5b15500
-Batch = Any # (B, T+1) ids, array or tensor; or {input_ids, labels[, attention_mask]}, each (B, T)
+# %% ../../nbs/32_training_loop.ipynb #cdfd66f7
+Batch = Any # (B, T+1) ids; or {input_ids, labels[, attention_mask]}, each (B, T)
 
 def as_batch(
     batch:Batch, # Ids alone are their own labels
     device:torch.device|str='cpu',
-) -> dict[str, Tensor]: # input_ids, labels, attention_mask where given: int64, on the device
+) -> dict[str, Tensor]: # input_ids, labels, attention_mask if given; int64
     "One form for packed windows and for padded examples"
     if not isinstance(batch, dict): batch = dict(input_ids=batch, labels=batch)
     batch = {k: torch.as_tensor(v).to(device, torch.int64, non_blocking=True)
@@ -304,7 +307,7 @@ def load_checkpoint(
                     for k, v in data['rng'].items()})
     return True
 
-# %% ../../nbs/32_training_loop.ipynb #a44213a9
+# %% ../../nbs/32_training_loop.ipynb #7d199aac
 def compiled_nll(
     wanted:bool,
 ) -> Callable[..., Tensor]: # `summed_nll`, compiled if that is possible
@@ -313,13 +316,13 @@ def compiled_nll(
     try:
         probe = torch.compile(lambda x: (x * 2).sin().sum())
         probe(torch.zeros(8, requires_grad=True)).backward()
-    except Exception as e: # inductor wraps whatever the toolchain raises; the reason is printed
+    except Exception as e: # whatever the toolchain raises; it is printed
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         print(f'torch.compile is not possible here ({reason[:80]}); going on without')
         return summed_nll
     return torch.compile(summed_nll)
 
-# %% ../../nbs/32_training_loop.ipynb #a1017b69
+# %% ../../nbs/32_training_loop.ipynb #c3ea2e90
 class _Board: # TensorBoard, when asked; nothing otherwise
     def __init__(self, folder:str|os.PathLike|None):
         self.writer = None
@@ -334,9 +337,10 @@ class _Board: # TensorBoard, when asked; nothing otherwise
     def close(self) -> None:
         if self.writer: self.writer.close()
 
-def _due(step:int, every:int, last:int) -> bool: return step == last or bool(every) and step % every == 0
+def _due(step:int, every:int, last:int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
 
-# %% ../../nbs/32_training_loop.ipynb #e48f5410
+# %% ../../nbs/32_training_loop.ipynb #27a4e614
 def train(
     model:nn.Module, # Trained in place
     batches:Callable[[int], Batch], # Micro-batch i of the run, a function of i alone
@@ -346,7 +350,7 @@ def train(
     evaluate:Callable[[nn.Module], float]|None=None, # Number to follow, on held-out text
     tensorboard:str|os.PathLike|None=None, # Folder of its event files
     progress:bool=True, # A bar on standard error
-) -> list[dict[str, float]]: # A row a step: step, loss, norm, lr, tokens, seconds; held where evaluated
+) -> list[dict[str, float]]: # A row a step; `held` where it was evaluated
     "Train; killed at any moment and called again, it ends with the same bits"
     device = next(model.parameters()).device
     dtype = getattr(torch, config.dtype) if config.dtype else pick_dtype(str(device))
@@ -374,10 +378,11 @@ def train(
 def _one_step(state:TrainState, batches:Callable[[int], Batch], config:TrainConfig,
               nll:Callable[..., Tensor], dtype:torch.dtype, device:torch.device,
               checkpoint:str|os.PathLike|None) -> None:
-    start, share, first = time.perf_counter(), lr_at(state.step, config), state.step * config.accumulate
+    start, share = time.perf_counter(), lr_at(state.step, config)
+    first = state.step * config.accumulate
     micro = [as_batch(batches(first + k), device) for k in range(config.accumulate)]
-    loss, norm = train_step(state.model, micro, state.optimizers, config, share=share, nll=nll,
-                            dtype=dtype, scaler=state.scaler)
+    loss, norm = train_step(state.model, micro, state.optimizers, config, share=share,
+                            nll=nll, dtype=dtype, scaler=state.scaler)
     if not math.isfinite(loss) or not (math.isfinite(norm) or state.scaler.is_enabled()):
         left = checkpoints(checkpoint)[-1:] if checkpoint is not None else []
         raise FloatingPointError(
@@ -388,7 +393,7 @@ def _one_step(state:TrainState, batches:Callable[[int], Batch], config:TrainConf
                               tokens=sum(scored(b) for b in micro),
                               seconds=time.perf_counter() - start))
 
-# %% ../../nbs/32_training_loop.ipynb #31fd190a
+# %% ../../nbs/32_training_loop.ipynb #f819e32b
 def score_windows(
     ids:Sequence[int], # A document, without end-of-text tokens
     *,
@@ -423,8 +428,8 @@ def evaluate_nll(
     device, total, count = next(model.parameters()).device, 0., 0
     for at in range(0, len(windows), batch_size):
         some = windows[at:at + batch_size]
-        width = len(some[-1][0])                                 # padding is at the right end,
-        pad = lambda rows, value: [r + [value] * (width - len(r)) for r in rows]  # never seen
+        width = len(some[-1][0])                             # padding on the right is never seen
+        pad = lambda rows, value: [r + [value] * (width - len(r)) for r in rows]
         batch = as_batch(dict(input_ids=torch.tensor(pad([w[0] for w in some], eot_id)),
                               labels=torch.tensor(pad([w[1] for w in some], -100))), device)
         total += float(summed_nll(model, **batch)); count += scored(batch)
