@@ -116,11 +116,11 @@ def main() -> None:
                 if not compiled: raise
                 failed.append(f'{name}, {mode}: {type(e).__name__}')
                 continue
-            step()
+            if fast_bf16 or not bf16: step()
             warm[name, mode] = time.perf_counter() - began
             jobs[name, mode] = step
             print(f'{name}, {mode}: ready in {warm[name, mode]:.1f} s, first loss {loss:.2f}', flush=True)
-    repeats = {k: 2 if 'bfloat16' in k[1] and not fast_bf16 else args.repeats for k in jobs}
+    repeats = {k: 1 if 'bfloat16' in k[1] and not fast_bf16 else args.repeats for k in jobs}
     took = {k: spread(s) for k, s in alternate(jobs, repeats).items()}
     best = min((k for k in took if k[0] == 'llmnotes'), key=lambda k: took[k]['median'])
     rows = []
@@ -136,8 +136,8 @@ def main() -> None:
     emulated = '' if fast_bf16 else (' This processor has no instructions for bfloat16: those products '
                                      'are emulated, and the mode is slower than float32 here.')
     notes = (f'One step on {B} sequences of {T} tokens, forward to AdamW, all models in turn, median of '
-             f'{args.repeats} rounds ({min(repeats.values())} where a step takes seconds). "Until warm" '
-             f'is two steps with compilation.{emulated}'
+             f'{args.repeats} rounds ({min(repeats.values())} where products are emulated). "Until warm" '
+             f'is the time of compilation and the first steps.{emulated}'
              + (f' Not possible here: {"; ".join(failed)}.' if failed else ''))
     data = dict(batch=[B, T], shape=SHAPE, parameters=sizes, failed=failed, steps=[
         dict(model=n, mode=m, until_warm=warm[n, m], **t) for (n, m), t in took.items()])

@@ -44,10 +44,11 @@ def code_tree(
     lines = [l for c in code if not c.startswith('%%') for l in c.splitlines()]
     return ast.parse('\n'.join(l for l in lines if not re.match(r'\s*[%!]', l)))
 
-# %% ../nbs/02_pipeline.ipynb #0f854ae0
+# %% ../nbs/02_pipeline.ipynb #47cf7f54
 def _opened(call:ast.AST) -> bool: # is it `Workspace(workspace)`?
-    return (isinstance(call, ast.Call) and ast.unparse(call.func).endswith('Workspace')
-            and [ast.unparse(a) for a in call.args] == ['workspace'])
+    return (isinstance(call, ast.Call)
+            and [getattr(a, 'id', '') for a in call.args] == ['workspace']
+            and ast.unparse(call.func).endswith('Workspace'))
 
 def artifact_names(
     tree:ast.Module, # From `code_tree`
