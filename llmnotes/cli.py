@@ -384,10 +384,11 @@ def run_command(args:argparse.Namespace) -> int: # Exit code
     print(headline(ws), page, sep='\n')
     return 1 if args.save_outputs and refused else 0
 
-# %% ../nbs/05_command_line.ipynb #eb415006
+# %% ../nbs/05_command_line.ipynb #c7cfbd9e
 class Parser(argparse.ArgumentParser):
     "One sentence for a wrong argument, where argparse prints its usage as well"
-    def error(self, message:str) -> None: raise Refused(f'{message} (see {self.prog} --help)')
+    def error(self, message:str) -> None: # instead of argparse's own
+        raise Refused(f'{message} (see {self.prog} --help)')
 
 LATER = { # Commands of later notebooks, loaded when they are called
     'serve': ('llmnotes.serve.tgi:serve_command', "answer TGI's protocol with a model's folder"),

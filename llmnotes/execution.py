@@ -21,7 +21,7 @@ from .core import Workspace, project_root, write_atomic
 from .pipeline import (Refused, Stage, StageFailed, fingerprint, read_cells,
                                stage_record, stage_values, why_run)
 
-# %% ../nbs/03_execution.ipynb #e580af21
+# %% ../nbs/03_execution.ipynb #391aa2aa
 def _high_water(pid:int) -> int: # bytes; 0 where the system does not tell
     with suppress(OSError):
         found = re.search(r'VmHWM:\s+(\d+) kB', Path(f'/proc/{pid}/status').read_text())
@@ -38,7 +38,7 @@ class Meter(threading.Thread):
         self.me, self.tick, self.peak, self.over = psutil.Process(), tick, 0, threading.Event()
         self.before, self.mine = set(self.me.children(recursive=True)), {}
 
-    def look(self) -> None:
+    def look(self) -> None: # once: add up what is there now
         import psutil
         total = 0
         for p in set(self.me.children(recursive=True)) - self.before:
@@ -48,7 +48,7 @@ class Meter(threading.Thread):
         self.peak = max(self.peak, total, *self.mine.values(), 0)
         self.tick(self, time.perf_counter() - self.start_time, total / 2**30)
 
-    def run(self) -> None:
+    def run(self) -> None: # the thread, until the block ends
         while not self.over.wait(.2): self.look()
 
     def __enter__(self) -> 'Meter':

@@ -307,7 +307,7 @@ def load_checkpoint(
                     for k, v in data['rng'].items()})
     return True
 
-# %% ../../nbs/32_training_loop.ipynb #7d199aac
+# %% ../../nbs/32_training_loop.ipynb #043fc86f
 def compiled_nll(
     wanted:bool,
 ) -> Callable[..., Tensor]: # `summed_nll`, compiled if that is possible
@@ -316,7 +316,7 @@ def compiled_nll(
     try:
         probe = torch.compile(lambda x: (x * 2).sin().sum())
         probe(torch.zeros(8, requires_grad=True)).backward()
-    except Exception as e: # whatever the toolchain raises; it is printed
+    except (RuntimeError, OSError) as e:                     # no compiler, or a broken one
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         print(f'torch.compile is not possible here ({reason[:80]}); going on without')
         return summed_nll
