@@ -250,8 +250,8 @@ def new_command(args:argparse.Namespace) -> int: # Exit code
     print(f'{path} -> llmnotes.{module}; add it to the sidebar in _quarto.yml')
     return 0
 
-# %% ../nbs/05_command_line.ipynb #870aae94
-NOISE = re.compile(r'IPKernelApp|IProgress not found|TqdmWarning|ipywidgets|autonotebook')
+# %% ../nbs/05_command_line.ipynb #f21375dc
+NOISE = re.compile(r'%\||IPKernelApp|IProgress not found|TqdmWarning|ipywidgets|autonotebook')
 
 def clean_output(
     output:dict[str, Any], # As nbformat stores it

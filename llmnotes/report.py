@@ -60,7 +60,7 @@ def lanes(
         found[a] = (lane, at, last[a])
     return found
 
-# %% ../nbs/04_results_page.ipynb #d4baf19f
+# %% ../nbs/04_results_page.ipynb #1fb38758
 def _text(x:float, y:float, text:str, *, size:int=14, extra:str='', more:str='') -> str:
     return (f'<text x="{x:.0f}" y="{y:.0f}" font-size="{size}" {extra}>'
             f'{html.escape(text)}{more}</text>')
@@ -73,13 +73,16 @@ def colours_of(stages:Sequence[Stage]) -> dict[str, str]: # {artifact: colour}
     names = dict.fromkeys(a for s in stages for a in s.gives)
     return {a: COLOURS[i % 5] for i, a in enumerate(names)}
 
+def _shown(record:Mapping[str, Any]) -> bool: # is there an executed copy, and so a page?
+    return record.get('status') in ('done', 'failed')
+
 def _said(record:Mapping[str, Any]) -> str:
     if not record: return 'not run'
     if record['status'] != 'done':
         return {'running': 'interrupted'}.get(record['status'], 'failed')
     return f'{duration(record["wall_s"])} · {record["peak_gib"]:.1f} GiB'
 
-# %% ../nbs/04_results_page.ipynb #6a3af10f
+# %% ../nbs/04_results_page.ipynb #e1475836
 def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:float, *,
          narrow:bool, colours:Mapping[str, str], share:float) -> str:
     "One stage: number and title, what it cost, what it took and gave"
@@ -88,6 +91,7 @@ def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:flo
     made = record.get('artifacts', {})
     taken = [a for a in stage.takes if a in colours]                 # those that somebody makes
     if narrow and stage.gives: taken = []                            # no room for both
+    while narrow and len(' '.join(taken)) > 36: taken.pop()
     arts = [(a, '') for a in taken] + [(None, '→')] * bool(stage.gives)
     arts += [(a, f' {size(made[a]["bytes"])}' if a in made else '') for a in stage.gives]
     spans = ' '.join(f'<tspan fill="{colours[a]}">{html.escape(a)}</tspan>{note}' if a else note
@@ -107,7 +111,8 @@ def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:flo
                  extra=f'fill="{stroke}" fill-opacity=".75" text-anchor="{anchor}"')
     flow = '' if plain else _text(x + 12, y + (57 if narrow else 42), '', size=13, more=spans,
                                   extra='fill="currentColor"')
-    return f'<a href="pages/{html.escape(stage.name)}.html">{frame}{bar}{title}{cost}{flow}</a>'
+    box = f'{frame}{bar}{title}{cost}{flow}'
+    return f'<a href="pages/{html.escape(stage.name)}.html">{box}</a>' if _shown(record) else box
 
 # %% ../nbs/04_results_page.ipynb #0a170b5c
 def pipeline_svg(
@@ -325,7 +330,7 @@ def _result(ws:Workspace, records:Sequence[Mapping[str, Any]]) -> str:
             f'of the held-out text costs; less is better. From <a href="pages/{name}.html">'
             f'{html.escape(name)}</a>.</p>{wrote}</section>')
 
-# %% ../nbs/04_results_page.ipynb #39527390
+# %% ../nbs/04_results_page.ipynb #6d17ecda
 def _metrics(record:Mapping[str, Any], most:int=3) -> str:
     rows = list({m['name']: m for m in record.get('metrics', ())}.values())[:most]
     return '<br>'.join(f'{html.escape(m["name"])}: {number(m["value"])} {html.escape(m["unit"])}'
@@ -340,7 +345,7 @@ def _stage_rows(stages:Sequence[Stage], runs:Mapping[str, Any],
         gave = '<br>'.join(f'{html.escape(a)} <span class="soft">{size(d["bytes"])}</span>'
                            for a, d in run.get('artifacts', {}).items())
         title = html.escape(f'{s.number} {s.title}')
-        link = f'<a href="pages/{s.name}.html">{title}</a>' if run else title
+        link = f'<a href="pages/{s.name}.html">{title}</a>' if _shown(run) else title
         peak = f'{run["peak_gib"]:.2f} GiB' if 'peak_gib' in run else ''
         took_s = duration(run['wall_s']) if 'wall_s' in run else _said(run)
         cells = (('notebook', link), ('time', took_s), ('peak memory', peak),
@@ -364,7 +369,7 @@ def _conformance(records:Sequence[Mapping[str, Any]]) -> str:
     return ('<div class="wide"><table><tr>' + ''.join(f'<th>{h}</th>' for h in head) + '</tr>'
             + ''.join(f'<tr>{tds(r)}</tr>' for r in rows) + '</table></div>')
 
-# %% ../nbs/04_results_page.ipynb #0927a829
+# %% ../nbs/04_results_page.ipynb #1c838260
 INDEX_CSS = '''
 .big{font-size:1.5rem;line-height:1.3;margin:1.5rem 0}.big b{font-size:3.4rem;line-height:1;
 color:#4c8eb5;margin-right:.3rem}.bar{display:flex;align-items:center;margin:.35rem 0}
@@ -391,7 +396,7 @@ def write_page(
     "The page of a run: result, picture, table, figures, comparisons, and each notebook"
     runs = {s.name: stage_record(s, ws) for s in stages}
     records = read_records(ws.results)
-    shown = [s for s in stages if (ws.path/'notebooks'/f'{s.name}.ipynb').exists()]
+    shown = [s for s in stages if _shown(runs[s.name])]
     figures = []
     for i, s in enumerate(shown):
         copy = ws.path/'notebooks'/f'{s.name}.ipynb'

@@ -471,7 +471,7 @@ def write_benchmark(
             write_atomic(folder/f'{names[-1]}.yaml', task)
     return names
 
-# %% ../../nbs/40_instruction_data.ipynb #43d004f1
+# %% ../../nbs/40_instruction_data.ipynb #63c2f607
 def to_lines(
     rows:Iterable[dict[str, Any]],
 ) -> str: # JSON, one row a line
@@ -480,7 +480,7 @@ def to_lines(
 
 def benchmark_manager(
     folder:str|Path, # Written by `write_benchmark`
-) -> 'lm_eval.tasks.TaskManager': # Knows the tasks, and where their data lies now
+) -> Any: # `lm_eval.tasks.TaskManager`; it knows the tasks, and where their data lies now
     "For `simple_evaluate(tasks=['pydoc_document', 'pydoc_chat'], task_manager=...)`"
     from lm_eval.tasks import TaskManager
     folder = Path(folder).resolve()

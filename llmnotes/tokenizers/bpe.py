@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'BYTE_NAMES', 'BYTE_ORDER', 'CHATML', 'split_words', 'learn_merges', 'count_words', 'utf8',
-           'train_bpe', 'merge_short', 'merge_long', 'BPETokenizer']
+           'merge_short', 'merge_long', 'BPETokenizer', 'train_bpe']
 
 # %% ../../nbs/10_bpe.ipynb #f03135d0
 import heapq
@@ -156,34 +156,6 @@ def _distinct(names:Iterable[str]) -> list[str]: # names of special tokens
     if twice: raise ValueError(f'special tokens {twice} are given twice')
     if '' in names: raise ValueError('a special token must not be empty')
     return names
-
-# %% ../../nbs/10_bpe.ipynb #6147cf50
-def train_bpe(
-    texts:Iterable[str], # Read once, one at a time; only the distinct words are kept
-    vocab_size:int, # Special tokens, 256 bytes and merges together
-    *,
-    pattern:str=GPT2_PATTERN, # Cuts the text into words; merges stay inside
-    special_tokens:Sequence[str]=(), # They get the ids from 0, as in Hugging Face's trainer
-) -> 'BPETokenizer':
-    "Learn a byte-level BPE tokenizer"
-    names = _distinct(special_tokens)
-    first = 256 + len(names)
-    if vocab_size < first:
-        raise ValueError(f'vocab_size {vocab_size} is below {first}: 256 bytes '
-                         f'and {len(names)} special tokens')
-    counts = count_words(texts, pattern)
-    if not counts: raise ValueError('texts hold no characters')
-    ids = {b: len(names) + i for i, b in enumerate(BYTE_ORDER)}
-    words = {tuple(ids[b] for b in utf8(word)): n for word, n in counts.items()}
-    pairs = learn_merges(words, vocab_size - first, first)
-    if len(pairs) < vocab_size - first:
-        warnings.warn(f'the corpus has only {len(pairs)} pairs to merge; the vocabulary is '
-                      f'{first + len(pairs)}, not {vocab_size}', stacklevel=2)
-    tokens = {i: bytes([b]) for b, i in ids.items()}
-    for k, (a, b) in enumerate(pairs): tokens[first + k] = tokens[a] + tokens[b]
-    return BPETokenizer({t: i for i, t in tokens.items()},
-                        [(tokens[a], tokens[b]) for a, b in pairs], pattern=pattern,
-                        special_tokens={name: i for i, name in enumerate(names)})
 
 # %% ../../nbs/10_bpe.ipynb #4d695454
 def merge_short(
@@ -423,3 +395,31 @@ def _pattern(data:dict[str, Any], path:str) -> str: # and refuse what this class
     if odd: raise ValueError(f'{path} needs {", ".join(odd)}: BPETokenizer cannot do that')
     if len(steps) == 1: return GPT2_PATTERN
     return steps[0]['pattern']['Regex']
+
+# %% ../../nbs/10_bpe.ipynb #959f2180
+def train_bpe(
+    texts:Iterable[str], # Read once, one at a time; only the distinct words are kept
+    vocab_size:int, # Special tokens, 256 bytes and merges together
+    *,
+    pattern:str=GPT2_PATTERN, # Cuts the text into words; merges stay inside
+    special_tokens:Sequence[str]=(), # They get the ids from 0, as in Hugging Face's trainer
+) -> BPETokenizer:
+    "Learn a byte-level BPE tokenizer"
+    names = _distinct(special_tokens)
+    first = 256 + len(names)
+    if vocab_size < first:
+        raise ValueError(f'vocab_size {vocab_size} is below {first}: 256 bytes '
+                         f'and {len(names)} special tokens')
+    counts = count_words(texts, pattern)
+    if not counts: raise ValueError('texts hold no characters')
+    ids = {b: len(names) + i for i, b in enumerate(BYTE_ORDER)}
+    words = {tuple(ids[b] for b in utf8(word)): n for word, n in counts.items()}
+    pairs = learn_merges(words, vocab_size - first, first)
+    if len(pairs) < vocab_size - first:
+        warnings.warn(f'the corpus has only {len(pairs)} pairs to merge; the vocabulary is '
+                      f'{first + len(pairs)}, not {vocab_size}', stacklevel=2)
+    tokens = {i: bytes([b]) for b, i in ids.items()}
+    for k, (a, b) in enumerate(pairs): tokens[first + k] = tokens[a] + tokens[b]
+    return BPETokenizer({t: i for i, t in tokens.items()},
+                        [(tokens[a], tokens[b]) for a, b in pairs], pattern=pattern,
+                        special_tokens={name: i for i, name in enumerate(names)})
