@@ -226,7 +226,7 @@ def test_ruff_finds_nothing() -> None:
 def test_notebook_head_and_parameters(path:Path) -> None:
     found = cells(path)
     assert re.match(r'# .+\n\n> .+', found[0]['source']), 'first cell: "# Title", "> claim"'
-    link = f'[Open in Colab]({tool("sync").colab_link(CFG, path.stem)})'
+    link = tool('sync').colab_link(path.stem, CFG)
     assert found[1]['source'].startswith(link), f'second cell begins with {link}'
     tagged = [c['source'] for c in found if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1, f'{len(tagged)} cells are tagged parameters'

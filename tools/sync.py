@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from llmnotes.cli import colab_link
 from llmnotes.core import conformance_table, read_records, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +72,7 @@ def by_chapter(root:Path, lib:str) -> dict[str, list[Notebook]]:
 # The cells of index.ipynb that are made here
 
 def links(cfg:SectionProxy, root:Path) -> str:
-    colab = colab_link(cfg, 'index')
-    return (f"[Read the site]({cfg['doc_host']}{cfg['doc_baseurl']}) · [Open in Colab]({colab}) · "
+    return (f"[Read the site]({cfg['doc_host']}{cfg['doc_baseurl']}) · {colab_link('index', cfg)} · "
             f"[Source]({cfg['git_url']}) · [Test runs]({cfg['git_url']}/actions)")
 
 
@@ -110,15 +110,9 @@ def index_notebook(cfg:SectionProxy, root:Path) -> str:
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n'
 
 
-def colab_link(cfg:SectionProxy, name:str) -> str:
-    "Where Colab opens a notebook of ours"
-    return (f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}"
-            f"/blob/{cfg['branch']}/nbs/{name}.ipynb")
-
-
 def with_links(cfg:SectionProxy, path:Path) -> str:
     "A notebook whose first Colab link, the one in its head, is ours"
-    return re.sub(r'(?<=\[Open in Colab\]\()https://[^)\s"]*', colab_link(cfg, path.stem),
+    return re.sub(r'\[Open in Colab\]\(https://[^)\s"]*\)', colab_link(path.stem, cfg),
                   path.read_text(encoding='utf-8'), count=1)
 
 
