@@ -30,7 +30,7 @@ $(READY): settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 	@"$(BIN)/python" $(PIP) install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
-run: $(READY) ## Train a language model from raw text; ARGS="--scale gpu" and the like
+run: $(READY) ## One model from raw text to a served endpoint; ARGS="--scale gpu" and the like
 	@"$(BIN)/llmnotes" run $(ARGS)
 
 test: $(READY) ## Run all tests; ARGS="-k structure" and the like

@@ -198,7 +198,7 @@ def test_read_only_workspace(tmp_path):
 
 def test_pretraining_killed_and_resumed_is_bit_identical(tmp_path):
     if not (ROOT/'nbs/36_pretraining.ipynb').exists(): pytest.skip('there is no 36_pretraining yet')
-    only = ('run', '--from', '36', '--to', '36', '-p', 'steps=24')
+    only = ('run', '--from', '36', '--to', '36', '-p', 'steps=10')
     calm, rough = tmp_path/'calm', tmp_path/'rough'
     assert llmnotes(*only, '--workspace', calm, cwd=ROOT, timeout=1200)[0] == 0
     p = command(*only, '--workspace', rough, cwd=ROOT)

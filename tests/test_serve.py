@@ -533,6 +533,26 @@ def test_streamed_text_is_whole_characters(loaded) -> None:
         assert ''.join(pieces) == text and not any('\ufffd' in p for p in pieces)
 
 
+@pytest.mark.parametrize('bits', [4, 8])
+def test_a_quantised_folder(model:Path, tmp_path:Path, bits:int, monkeypatch:pytest.MonkeyPatch,
+                            caplog:pytest.LogCaptureFixture) -> None:
+    "Loads as it was stored, counts its weights, says nothing a step; or asks for the package"
+    pytest.importorskip('bitsandbytes', reason="needs pip install 'llmnotes[train]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    config = BitsAndBytesConfig(**{f'load_in_{bits}bit': True})
+    AutoModelForCausalLM.from_pretrained(model, quantization_config=config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    small = load_model(tmp_path)
+    assert small.parameters == load_model(model).parameters
+    assert small.model.get_memory_footprint() < load_model(model).model.get_memory_footprint()
+    answer = Generation(small, make_prompt(small, PROMPT, Parameters(max_new_tokens=3)))
+    assert len(list(answer)) == 3 and 'MatMul8bitLt' not in caplog.text
+    def absent(*_:object, **__:object): raise ImportError('bitsandbytes is not installed')
+    monkeypatch.setattr(AutoModelForCausalLM, 'from_pretrained', absent)
+    with pytest.raises(CannotServe, match='bitsandbytes is not installed .*llmnotes.train'):
+        load_model(tmp_path)
+
+
 def test_truncation_left_in_a_tokenizer_is_not_used(model:Path, tmp_path:Path) -> None:
     "Training may save one; a server that kept it would cut prompts in silence"
     shutil.copytree(model, tmp_path/'m')

@@ -478,7 +478,7 @@ def test_constraints_lie_within_the_bounds() -> None:
 def test_runtime_requirements_are_light() -> None:
     heavy = {'trl', 'lm-eval', 'jupyterlab', 'transformers', 'datasets', 'nbdev', 'fastcore'}
     assert not heavy & {canonicalize_name(r.name) for r in EXTRAS['']}
-    assert {'', 'train', 'eval', 'serve', 'gpu', 'dev'} == set(EXTRAS)
+    assert {'', 'data', 'train', 'eval', 'serve', 'gpu', 'dev'} == set(EXTRAS)
 
 
 def test_extras_reach_the_package(tmp_path:Path) -> None:
@@ -488,7 +488,7 @@ def test_extras_reach_the_package(tmp_path:Path) -> None:
             'import runpy; runpy.run_path("setup.py")')
     about = json.loads(python('-c', code).stdout)
     dev = set(about['extras']['dev'])
-    others = {str(r) for e in ('train', 'eval', 'serve') for r in EXTRAS[e]}
+    others = {str(r) for e in ('data', 'train', 'eval', 'serve') for r in EXTRAS[e]}
     assert others <= {str(Requirement(r)) for r in dev}
     assert not any(r.startswith('flash') for r in dev)
     assert about['version'] == CFG['version'] and about['python'] == f">={CFG['min_python']}"

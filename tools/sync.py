@@ -78,7 +78,7 @@ def links(cfg:SectionProxy, root:Path) -> str:
 
 def start(cfg:SectionProxy, root:Path) -> str:
     return (f"```sh\ngit clone {cfg['git_url']}\ncd {cfg['repo']}\n"
-            'make run     # train a language model from raw text, and look at it\n'
+            'make run     # one model from raw text to a served endpoint, and look at it\n'
             'make test    # execute every notebook and every test\n```')
 
 

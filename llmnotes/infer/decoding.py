@@ -6,7 +6,7 @@
 __all__ = ['NEWEST', 'FAILURES', 'TextStream', 'Parameters', 'Chooser', 'CannotServe', 'check_folder', 'Loaded', 'load_model',
            'newest_model', 'tiny_model', 'Step', 'Prompt', 'make_prompt', 'Generation', 'Overloaded', 'Job', 'Engine']
 
-# %% ../../nbs/80_decoding.ipynb #4a30b231
+# %% ../../nbs/80_decoding.ipynb #d4fa0cee
 import argparse
 import json
 import math
@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def check_folder(
         raise CannotServe(f'{folder} has no tokenizer (tokenizer.json)')
     return folder
 
-# %% ../../nbs/80_decoding.ipynb #ec7f95b4
+# %% ../../nbs/80_decoding.ipynb #d904228b
 @dataclass
 class Loaded:
     "A model with what serving it needs"
@@ -158,7 +159,7 @@ class Loaded:
     max_positions:int
 
     @property
-    def parameters(self) -> int: return sum(w.numel() for w in self.model.parameters())
+    def parameters(self) -> int: return self.model.num_parameters() # weights, however packed
 
 def load_model(
     name:str|Path, # A folder, or a model of the hub
@@ -171,6 +172,8 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar(); logging.set_verbosity_error()
+    quiet = getLogger('bitsandbytes.autograd._functions')    # else a line a product
+    quiet.setLevel(ERROR)
     name, device = str(name), pick_device(device)
     local = Path(name).exists() or not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name)
     if local: check_folder(name)
@@ -180,8 +183,9 @@ def load_model(
         template = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(name, dtype=kind,
                                                              output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
         said = str(e).strip().split('\n')[0][:200]
+        if isinstance(e, ImportError): said += " (pip install 'llmnotes[train]')"
         where = '' if local else ' is no folder here and could not be had from the hub'
         raise CannotServe(f'{name}{where or " cannot be loaded"}: {said}') from None
     for what in ('missing_keys', 'mismatched_keys'):
