@@ -252,6 +252,26 @@ def test_the_model_beats_xz_on_text_it_never_saw(real):
     assert xz and scores['this model'] < min(xz)
 
 
+def test_every_stage_does_what_it_should(real):
+    ws = Workspace(real)
+    report = json.loads((ws.artifact('evaluation')/'report.json').read_text())
+    rows = {r['model']: r for r in report['models']}
+    names = ['base-model', 'instruction-model', 'aligned-model', 'int8-model', 'nf4-model']
+    assert sorted(rows) == sorted(names)
+    for r in rows.values():
+        assert report['chance'] < r['accuracy_easy'] < 1 and r['tokens_per_s'] > 0
+    pair = {(p['a'], p['b']): p for p in report['pairs']}
+    tuned = pair['instruction-model', 'base-model']
+    assert tuned['accuracy'] > 1.96 * tuned['accuracy_se'], 'tuning must beat the base'
+    for small, whole in (('int8-model', 'aligned-model'), ('nf4-model', 'instruction-model')):
+        p = pair[small, whole]
+        assert p['bits_per_byte'] + 1.96 * p['bits_per_byte_se'] < .02, f'{small} costs too much'
+        assert rows[small]['bytes'] < .7 * rows[whole]['bytes']
+    counts = json.loads((ws.artifact('clean-corpus')/'counts.json').read_text())
+    why = sum(row['documents'] for row in counts['dropped'].values())     # a document may break two
+    assert counts['kept'] < counts['read'] <= counts['kept'] + why
+
+
 class Links(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()

@@ -28,11 +28,11 @@ def lora_parameters(
     if r < 1: raise ValueError(f'the rank is {r}; it is 1 at least')
     return sum(r * (n_in + n_out) for n_out, n_in in shapes) + rows * width
 
-# %% ../../nbs/42_lora.ipynb #7eb8f9cd
+# %% ../../nbs/42_lora.ipynb #dded65a3
 @torch.no_grad()
 def answer_logprobs(
     model:nn.Module, # A causal language model of transformers
-    rows:Sequence[dict[str, Sequence[int]]], # `input_ids`, `labels` as `encode_chat` gives them
+    rows:Sequence[dict[str, Sequence[int]]], # `input_ids`, `labels`: of `encode_chat`
     *,
     batch_size:int=64, # Rows at a time, of like length
 ) -> list[np.ndarray]: # For each row the log-probabilities of its learnt tokens, in nats
@@ -41,17 +41,18 @@ def answer_logprobs(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]['input_ids']))
     for at in range(0, len(order), batch_size):
         some = order[at:at + batch_size]
-        batch = pad_batch([rows[i] for i in some], 0)        # padding on the right is not seen
+        batch = pad_batch([rows[i] for i in some], 0)        # unseen: it is on the right
         hidden = model.base_model(input_ids=batch['input_ids'].to(device)).last_hidden_state
         labels = batch['labels'][:, 1:].to(device)
         learnt = labels != -100
-        scores = model.get_output_embeddings()(hidden[:, :-1][learnt]).float().log_softmax(-1)
+        scores = model.get_output_embeddings()(hidden[:, :-1][learnt])
+        scores = scores.float().log_softmax(-1)
         nats = scores.gather(-1, labels[learnt][:, None])[:, 0].cpu().numpy()
         parts = np.split(nats, learnt.sum(1).cumsum(0).cpu().numpy()[:-1])
         for i, part in zip(some, parts): out[i] = part.astype(np.float64)
     return out
 
-# %% ../../nbs/42_lora.ipynb #2bee2495
+# %% ../../nbs/42_lora.ipynb #16ebab24
 def lora_model(
     model:nn.Module, # A causal language model of transformers; frozen and wrapped in place
     tokenizer:Any, # Knows the ids of `rows`
@@ -66,8 +67,10 @@ def lora_model(
     ids = tokenizer.convert_tokens_to_ids(list(rows))
     both = [model.get_input_embeddings()]
     if not model.config.tie_word_embeddings: both.append(model.get_output_embeddings())
-    names = [n.split('.')[-1] for n, m in model.named_modules() if any(m is b for b in both)]
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules='all-linear', task_type='CAUSAL_LM',
+    names = [n.split('.')[-1] for n, m in model.named_modules()
+             if any(m is b for b in both)]
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules='all-linear',
+                        task_type='CAUSAL_LM',
                         trainable_token_indices={n: ids for n in names} if rows else None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -76,7 +79,7 @@ def lora_model(
     if not hasattr(head, 'bias'): head.bias = None
     return wrapped
 
-# %% ../../nbs/42_lora.ipynb #b6fc4403
+# %% ../../nbs/42_lora.ipynb #0ca17c50
 def save_chat_model(
     model:Any, # Of `lora_model`, trained
     tokenizer:Any, # Of transformers
@@ -88,7 +91,7 @@ def save_chat_model(
     from transformers import AutoModelForCausalLM, GenerationConfig
     folder, end = Path(folder), tokenizer.convert_tokens_to_ids(SPECIALS[1])
     model.peft_config['default'].base_model_name_or_path = Path(base).name
-    model.save_pretrained(folder/'adapter', save_embedding_layers=False)   # rows are, as rows
+    model.save_pretrained(folder/'adapter', save_embedding_layers=False)   # but their rows
     (folder/'adapter'/'README.md').unlink(missing_ok=True)   # an empty form
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=next(model.parameters()).dtype)
     merged = PeftModel.from_pretrained(plain, folder/'adapter').merge_and_unload()
