@@ -82,8 +82,10 @@ def test_what_is_saved_loads(base, finished, tmp_path) -> None:
     from peft import PeftModel
     t, _, _ = finished
     model, tok = opened(base)
-    save_chat_model(t.model, tok, tmp_path/'out', base)
     from transformers import AutoTokenizer
+    plain = AutoTokenizer.from_pretrained(base)              # with the template it came with
+    assert plain.chat_template != CHAT_TEMPLATE and plain.eos_token != '<|im_end|>'
+    save_chat_model(t.model, plain, tmp_path/'out', base)
     merged, tok2 = opened(tmp_path/'out')[0], AutoTokenizer.from_pretrained(tmp_path/'out')
     ids = tok2.apply_chat_template(TALKS[0], return_tensors='pt')['input_ids']
     assert ids[0].tolist() == encode_chat(TALKS[0], tok)['input_ids']
@@ -95,7 +97,7 @@ def test_what_is_saved_loads(base, finished, tmp_path) -> None:
         assert (got - opened(base)[0](ids).logits).abs().max() > 1e-2
     end = tok.convert_tokens_to_ids('<|im_end|>')
     assert merged.generation_config.eos_token_id[0] == merged.config.eos_token_id == end
-    assert tok2.eos_token == '<|im_end|>'
+    assert (tok2.eos_token, tok2.chat_template) == ('<|im_end|>', CHAT_TEMPLATE)
     said = ''.join(p.read_text() for p in (tmp_path/'out').rglob('*.json'))
     assert str(base.parent) not in said, 'a path of this machine is in the artifact'
 
