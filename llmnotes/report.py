@@ -82,7 +82,7 @@ def _said(record:Mapping[str, Any]) -> str:
         return {'running': 'interrupted'}.get(record['status'], 'failed')
     return f'{duration(record["wall_s"])} · {record["peak_gib"]:.1f} GiB'
 
-# %% ../nbs/04_results_page.ipynb #8a3a705e
+# %% ../nbs/04_results_page.ipynb #0e2f1a28
 def models_of(
     ws:Workspace,
 ) -> list[dict[str, Any]]: # One a model, in order; empty before there is an evaluation
@@ -95,10 +95,10 @@ def _ability(model:Mapping[str, Any], narrow:bool) -> list[str]: # lines of a bo
     bits, weight = f'{model["bits_per_byte"]:.2f} bits per byte', size(model['bytes'])
     easy, hard = f'{model["accuracy_easy"]:.0%}', f'{model["accuracy_hard"]:.0%}'
     speed = f'{model["tokens_per_s"]:.0f} tokens/s'
-    if narrow: return [f'{bits} · {weight}', f'{easy} easy, {hard} hard · {speed}']
+    if narrow: return [bits, f'{easy} easy, {hard} hard', f'{weight} · {speed}']
     return [f'{bits} · {easy} of easy questions, {hard} of hard · {weight} · {speed}']
 
-# %% ../nbs/04_results_page.ipynb #f223bf94
+# %% ../nbs/04_results_page.ipynb #a91c41c2
 def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:float, *,
          narrow:bool, colours:Mapping[str, str], share:float, model:Mapping[str, Any]) -> str:
     "One stage: number and title, what it cost, what it took and gave, what its model can do"
@@ -107,7 +107,7 @@ def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:flo
     made = record.get('artifacts', {})
     taken = [a for a in stage.takes if a in colours]                 # those that somebody makes
     if narrow and stage.gives: taken = []                            # no room for both
-    while narrow and len(' '.join(taken)) > 36: taken.pop()
+    while narrow and len(' '.join(taken)) > w / 8: taken.pop()
     arts = [(a, '') for a in taken] + [(None, '→')] * bool(stage.gives)
     arts += [(a, f' {size(made[a]["bytes"])}' if a in made else '') for a in stage.gives]
     spans = ' '.join(f'<tspan fill="{colours[a]}">{html.escape(a)}</tspan>{note}' if a else note
@@ -118,7 +118,7 @@ def _box(stage:Stage, record:Mapping[str, Any], x:float, y:float, w:float, h:flo
              f'stroke="{stroke}" stroke-opacity="{.18 if plain else .55}"{dash}/>')
     bar = (f'<rect x="{x + 1:.0f}" y="{y + h - 4:.0f}" width="{max(2, (w - 2) * share):.0f}" '
            f'height="3" rx="1.5" fill="{COLOURS[0]}"/>' if record else '')
-    room = w - 24 - (0 if narrow else 130)
+    room = w - 24 - (12 if narrow else 130)
     name = f'<tspan dx="8">{html.escape(_cut(stage.title, room - 30, 15))}</tspan>'
     title = _text(x + 12, y + 21, stage.number, size=15, more=name,
                   extra=f'fill="currentColor" font-weight="{400 if plain else 600}"')

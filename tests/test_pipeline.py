@@ -301,7 +301,8 @@ def test_every_link_and_image_of_the_page_resolves(real):
 def test_the_page_shows_result_picture_and_costs(real):
     text = (real/'index.html').read_text()
     stages = read_stages(ROOT)
-    assert 'bits per byte on text' in text and text.count('<svg') == 2
+    assert 'bits per byte on text' in text and 'What each stage did' in text
+    assert text.count('<svg') == 4                         # the models and the pipeline, each for two widths
     for s in stages: assert f'pages/{s.name}.html' in text
     for r in read_records(Workspace(real).results):
         for c in r['comparisons']: assert c['technique'].split('<')[0][:20] in text or '&' in c['technique']
