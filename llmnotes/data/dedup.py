@@ -154,7 +154,7 @@ def _sha1_block(w, h):
     for i in range(LANES):
         h[0, i] += a[i]; h[1, i] += b[i]; h[2, i] += c[i]; h[3, i] += d[i]; h[4, i] += e[i]
 
-# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #19604ce9
+# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #d7b3fc9a
 @njit(cache=True, nogil=True)
 def _word(text, start, length, p):
     "Four bytes of a padded message from position `p`"
@@ -171,7 +171,8 @@ def _hash_shingles(text, starts, words, k, out):
     w, h = np.empty((80, LANES), np.uint32), np.empty((5, LANES), np.uint32)
     for first in range(0, n, LANES):
         lanes = min(LANES, n - first)
-        h[0], h[1], h[2], h[3], h[4] = 0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476, 0xc3d2e1f0
+        h[0], h[1], h[2] = 0x67452301, 0xefcdab89, 0x98badcfe
+        h[3], h[4] = 0x10325476, 0xc3d2e1f0
         block, left = 0, lanes
         while left:
             for i in range(lanes):
@@ -183,7 +184,8 @@ def _hash_shingles(text, starts, words, k, out):
             for i in range(lanes):
                 if block == (starts[first + i + k] - 1 - starts[first + i] + 8) // 64:
                     x = h[0, i]
-                    out[first + i] = (_turn(x, 8) & uint32(0xff00ff)) | (_turn(x, 24) & uint32(0xff00ff00))
+                    swapped = _turn(x, 8) & uint32(0xff00ff)
+                    out[first + i] = swapped | (_turn(x, 24) & uint32(0xff00ff00))
                     left -= 1
             block += 1
     return n
@@ -200,7 +202,7 @@ def _minima(hashes, a, b, out):
             if x >= p: x -= p
             out[i] = min(out[i], uint32(x))
 
-# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #b5b2198d
+# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #1166baca
 _EVERY, _ASCII = np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8)
 _ASCII[:128] = [_NOTHING if c in string.punctuation else 32 if c.isspace()
                 else ord(c.lower()) for c in map(chr, range(128))]
@@ -216,7 +218,8 @@ def _bytes_to_cut(text:str) -> tuple[bytes, np.ndarray]: # and the table to cut 
 def _all_hashes(text:str, ngram:int) -> np.ndarray: # uint32, in the order of the text
     if ngram < 1: raise ValueError(f'ngram must be at least 1, got {ngram}')
     data, table = _bytes_to_cut(text)
-    words, starts = np.empty(len(data) + 1, np.uint8), np.empty(len(data) // 2 + 3, np.int64)
+    words = np.empty(len(data) + 1, np.uint8)
+    starts = np.empty(len(data) // 2 + 3, np.int64)
     n = _cut_words(np.frombuffer(data, np.uint8), table, words, starts)
     out = np.empty(max(0, n - ngram + 1), np.uint32)
     _hash_shingles(words, starts, n, ngram, out)
@@ -382,7 +385,7 @@ def deduplicate(
                 for i, j in enumerate(stays) if i != j]
     return [d for i, (d, j) in enumerate(zip(left, stays)) if i == j], dropped
 
-# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #a185c0bd
+# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #292fd13b
 def _row(line:bytes) -> dict[str, Any]|None: # None for what is no document
     try: row = json.loads(line)
     except ValueError: return None
@@ -400,11 +403,10 @@ def _band_keys(signature:np.ndarray, bands:int, rows:int) -> np.ndarray: # (band
 def _scan(
     path:Path, ngram:int, n_perm:int, seed:int, bands:int, rows:int,
 ) -> dict[str, np.ndarray]: # what joining needs of each line: 32 + 8 * bands bytes
-    exact, keys, start, size, bad = bytearray(), bytearray(), array('q', [0]), array('q'), 0
+    exact, keys, start, size = bytearray(), bytearray(), array('q', [0]), array('q')
     with open(path, 'rb') as file:
         for line in file:
             row = _row(line)
-            bad += row is None
             body = '' if row is None else _body(row)
             signature = minhash_signature(body, n_perm=n_perm, ngram=ngram, seed=seed)
             exact += document_key(body)
@@ -412,10 +414,10 @@ def _scan(
             size.append(-1 if row is None else -2 if signature.min() == 2**32 - 1
                         else len(row['text']))
             start.append(start[-1] + len(line))
-    return dict(exact=np.frombuffer(exact, 'V16'), start=np.array(start), size=np.array(size),
-                keys=np.frombuffer(keys, np.uint64).reshape(-1, bands), bad=np.array(bad))
+    return dict(exact=np.frombuffer(exact, 'V16'), start=np.array(start),
+                size=np.array(size), keys=np.frombuffer(keys, np.uint64).reshape(-1, bands))
 
-# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #549d4904
+# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #e1e60ccf
 def _candidates(
     keys:np.ndarray, # (documents, bands) uint64
     who:np.ndarray, # Documents that take part, rising
@@ -429,9 +431,9 @@ def _candidates(
         for a, b in zip(edges, edges[1:]):
             if b - a < 2: continue
             run = order[a:b]
-            found.append(np.array(list(combinations(run, 2))) if b - a <= limit else
-                         np.concatenate([np.stack([run[:-1], run[1:]], 1),
-                                         np.stack([np.full(b - a - 1, run[0]), run[1:]], 1)]))
+            if b - a <= limit: pairs = list(combinations(run, 2))
+            else: pairs = [*zip(run, run[1:]), *((run[0], j) for j in run[1:])]
+            found.append(np.array(pairs))
     return np.unique(np.concatenate(found), axis=0)
 
 class _Lines: # rows of all shards by their place in the whole
@@ -448,11 +450,13 @@ class _Lines: # rows of all shards by their place in the whole
     def close(self) -> None:
         for file in self.files: file.close()
 
-# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #0341e419
+# %% ../../nbs/21_exact_and_fuzzy_dedup.ipynb #518d6212
 def _choose(
-    scans:Sequence[dict[str, np.ndarray]], lines:_Lines, threshold:float, ngram:int, keep:str,
-) -> tuple[np.ndarray, dict[int, float]]: # who stays for each (-1: no document), and Jaccards
-    size, exact, keys = (np.concatenate([s[k] for s in scans]) for k in ('size', 'exact', 'keys'))
+    scans:Sequence[dict[str, np.ndarray]], lines:_Lines, threshold:float, ngram:int,
+    keep:str,
+) -> tuple[np.ndarray, dict[int, float]]: # who stays for each (-1: bad line), Jaccards
+    def joined(name:str) -> np.ndarray: return np.concatenate([s[name] for s in scans])
+    size, exact, keys = joined('size'), joined('exact'), joined('keys')
     stays, good = np.full(len(size), -1), np.flatnonzero(size != -1)
     if not len(good): return stays, {}
     _, index, inverse = np.unique(exact[good], return_index=True, return_inverse=True)
