@@ -62,6 +62,9 @@ def test_threshold_is_strict_and_antipodes_are_floored() -> None:
     copies = unit_rows(np.random.default_rng(1).standard_normal((1, 300)).repeat(40, 0))
     assert len(semdedup(copies, np.zeros(40, int), copies[:1], 0.).removed) == 0
     assert len(semdedup(copies, np.zeros(40, int), copies[:1], 1e-5).removed) == 39
+    pairs = unit_rows(np.random.default_rng(2).standard_normal((200, 64)).repeat(2, 0))
+    assert (pairs * pairs).sum(1).max() > 1, 'some products round above 1'
+    assert len(semdedup(pairs, np.zeros(400, int), pairs[:1], 0.).removed) == 0
 
 
 def test_a_chain_loses_its_far_end_unless_compared_with_the_kept() -> None:
@@ -139,6 +142,8 @@ def test_objective_never_falls_and_is_what_the_parts_say() -> None:
         assert (found.assignment == cosines.argmax(1)).all()
         np.testing.assert_allclose(found.cosine, cosines.max(1), atol=1e-6)
         np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1, atol=1e-5)
+        sums = np.stack([x[found.assignment == k].sum(0) for k in range(15)])
+        np.testing.assert_allclose(unit_rows(sums), found.centroids, atol=1e-5, err_msg='it went on to the end')
         again = spherical_kmeans(x, 15, seed=seed)
         assert (again.assignment == found.assignment).all() and (again.centroids == found.centroids).all()
 
@@ -277,6 +282,12 @@ def test_largest_margin_by_hand() -> None:
     x = np.array([(1., 1.), (2., 0.), (-1., 1.)])
     w = max_margin(x, np.array([1, 1, -1]))                      # the border is the second axis
     np.testing.assert_allclose(w, [1, 0], atol=1e-9)
+
+
+def test_error_with_much_data_is_known() -> None:
+    "Largest margin: 0.5005 / alpha (Opper and others, 1990)"
+    got = [20 * teacher_student(20, seed=s) for s in range(12)]
+    assert abs(np.mean(got) - .5005) < .06
 
 
 def test_hard_examples_win_with_much_data_and_easy_ones_with_little() -> None:
