@@ -45,11 +45,12 @@ def _properties(codes:np.ndarray) -> np.ndarray: # the bits of each character
         table[c] = sum(_BIT[name] for name, test in _PROPERTIES.items() if test(chr(c)))
     return table[codes]
 
-# %% ../../nbs/22_quality_signals.ipynb #7999cda1
-def _begins(inside:np.ndarray, changes:np.ndarray) -> np.ndarray: # places where a run begins
-    start = inside.copy()
-    start[1:] &= changes
-    return np.flatnonzero(start)
+# %% ../../nbs/22_quality_signals.ipynb #197994b6
+def _begins(inside:np.ndarray, changes:np.ndarray) -> np.ndarray: # where runs begin
+    inside[1:] &= changes
+    return np.flatnonzero(inside)
+
+def _string(codes:np.ndarray) -> str: return codes.tobytes().decode('utf-32-le', 'surrogatepass')
 
 class _Text:
     "A text as arrays: what each character is, where its words and lines begin"
@@ -58,35 +59,27 @@ class _Text:
         self.codes = np.frombuffer(raw.encode('utf-32-le', 'surrogatepass'), np.uint32)
         self.bits = _properties(self.codes)
         ends = (np.flatnonzero(self.codes == 10) + 1).tolist()
-        self.edges = [0, *ends] if not raw or raw[-1] == '\n' else [0, *ends, len(raw)]
+        self.edges = np.array([0, *ends, *[len(raw)] * (raw[-1:] not in ('', '\n'))])
         kept = np.flatnonzero(self.bits & _BIT['deleted'] == 0)
         space = self.bits[kept] & _BIT['space'] != 0
         self.places = kept[_begins(~space, space[:-1])]          # of the normalised words
-        clean = self._string(self.codes[kept]).lower()
+        clean = _string(self.codes[kept]).lower()
         self.words = unicodedata.normalize('NFD', clean).split()
-        self.chars = np.zeros(len(self.words) + 1, np.int64)     # before each word, and in all
-        np.cumsum(np.fromiter(map(len, self.words), np.int64, len(self.words)),
-                  out=self.chars[1:])
-        self.first = {}                                          # word: its first index
-        self.ids = np.fromiter(map(self.first.setdefault, self.words, range(len(self.words))),
-                               np.int64, len(self.words))
+        n, self.first = len(self.words), {}                      # word: its first index
+        lengths = np.fromiter(map(len, self.words), np.int64, n)
+        self.chars = np.concatenate(([0], lengths.cumsum()))     # before each word, and in all
+        self.ids = np.fromiter(map(self.first.setdefault, self.words, range(n)), np.int64, n)
         kind = self.bits & (_BIT['word'] | _BIT['blank'])
         begins = _begins(kind != _BIT['blank'], kind[1:] != kind[:-1])
         self.raw_bits = np.bitwise_or.reduceat(self.bits, begins) if begins.size else begins
 
-    @staticmethod
-    def _string(codes:np.ndarray) -> str:
-        return codes.tobytes().decode('utf-32-le', 'surrogatepass')
-
     def has(self, name:str) -> np.ndarray: return self.bits & _BIT[name] != 0
 
     def per_line(self, places:np.ndarray) -> np.ndarray: # how many of them lie in each line
-        return np.diff(np.searchsorted(places, self.edges))
+        cut = np.searchsorted(places, self.edges)
+        return cut[1:] - cut[:-1]
 
-    def alphanumeric(self) -> list[str]: # raw words that are no marks
-        return self._string(np.where(self.has('word'), self.codes, np.uint32(32))).split()
-
-# %% ../../nbs/22_quality_signals.ipynb #68923519
+# %% ../../nbs/22_quality_signals.ipynb #4e6463ad
 def _of_words(t:_Text, stop_words:Set[str], marks:Set[str], fixed:bool) -> dict[str, Any]:
     n, N, raw = len(t.words), len(t.raw_bits), t.raw
     counts = np.bincount(t.ids, minlength=n)
@@ -95,10 +88,10 @@ def _of_words(t:_Text, stop_words:Set[str], marks:Set[str], fixed:bool) -> dict[
     upper, lower = (t.raw_bits & _BIT[b] != 0 for b in ('upper', 'lower'))
     letters = np.count_nonzero(t.raw_bits & _BIT['letter' if fixed else 'latin'])
     said = t.bits[t.bits & (_BIT['spoken'] | _BIT['stop']) != 0] & _BIT['spoken'] != 0
-    stops = sum(map(stop_words.__contains__, t.words if fixed else t.alphanumeric()))
+    plain = _string(np.where(t.has('word'), t.codes, np.uint32(32))).split()    # no marks
+    stops = sum(map(stop_words.__contains__, t.words if fixed else plain))
     if marks: stops += sum(map(marks.__contains__, regex.findall(r'[^\w\s]+', raw)))
-    symbols = sum(raw.count(s) for s in ('#', '...', '…'))
-    content = ' '.join(t.words)
+    symbols, content = sum(raw.count(s) for s in ('#', '...', '…')), ' '.join(t.words)
     lorem = len(re.findall('lorem ipsum', content, re.I)) if 'lorem ipsum' in content else 0
     return {
         'rps_doc_word_count': n,
@@ -109,7 +102,7 @@ def _of_words(t:_Text, stop_words:Set[str], marks:Set[str], fixed:bool) -> dict[
         'rps_doc_frac_all_caps_words': int((upper & ~lower).sum()) / N if N else None,
         'rps_doc_frac_no_alph_words': 1 - int(letters) / N if N else None,
         'rps_doc_symbol_to_word_ratio': symbols / N if N else None,
-        'rps_doc_num_sentences': float(len(_begins(said, ~said[:-1]))),
+        'rps_doc_num_sentences': float(len(_begins(said.copy(), ~said[:-1]))),
         'rps_doc_curly_bracket': (raw.count('{') + raw.count('}')) / max(1, len(raw)),
         'rps_doc_lorem_ipsum': lorem / max(1, len(content))}
 
@@ -142,39 +135,36 @@ def _of_repeats(t:_Text, fixed:bool) -> dict[str, float]:
             found[f'rps_doc_frac_chars_dupe_{k}grams'] = covered(at[marked], k)
     return found
 
-# %% ../../nbs/22_quality_signals.ipynb #211730d1
+# %% ../../nbs/22_quality_signals.ipynb #ce0ee34f
 def _of_lines(t:_Text, fixed:bool) -> dict[str, Any]:
-    def spans(values:list) -> list: return list(zip(t.edges, t.edges[1:], values))
-    def shares(part:np.ndarray, whole:np.ndarray) -> list[float]: # rounded as Python rounds
-        return [round(a / b, 8) if a else 0. for a, b in zip(part.tolist(), whole.tolist())]
-    def count(name:str) -> np.ndarray: return t.per_line(np.flatnonzero(t.has(name)))
+    starts, ends = t.edges[:-1].tolist(), t.edges[1:].tolist()
+    def spans(values:Iterable) -> list: return list(zip(starts, ends, values))
+    def shares(name:str, whole:np.ndarray) -> list: # rounded as Python rounds
+        part = t.per_line(np.flatnonzero(t.has(name)))
+        return spans(round(a / b, 8) if a else 0. for a, b in zip(part.tolist(), whole.tolist()))
+    def yes(x:np.ndarray) -> list: return spans(x.astype(float).tolist())
 
     solid = np.append(np.flatnonzero(~t.has('space')), 0)
-    cut = np.searchsorted(solid[:-1], t.edges)
+    cut, at = np.searchsorted(solid[:-1], t.edges), np.searchsorted(t.places, t.edges)
     filled, first, last = cut[1:] > cut[:-1], solid[cut[:-1]], solid[cut[1:] - 1]
     dot = t.codes == ord('.')
-    ellipsis = filled & ((t.codes[last] == ord('…'))
-                         | (dot[last] & dot[last - 1] & dot[np.maximum(last - 2, 0)]
-                            & (last >= 2)))
-    terminal, bullet = filled & t.has('terminal')[last], filled & t.has('bullet')[first]
-    at = np.searchsorted(t.places, t.edges)
-    n_words = np.diff(at)
-    length = np.diff(t.chars[at]) + np.maximum(n_words - 1, 0) # of the normalised line
+    dots = dot[last] & dot[last - 1] & dot[np.maximum(last - 2, 0)] & (last >= 2)
+    n_words = at[1:] - at[:-1]
+    length = t.chars[at[1:]] - t.chars[at[:-1]] + np.maximum(n_words - 1, 0)   # normalised
     script = [i for i, w in enumerate(t.words) if w == 'javascript'] \
         if 'javascript' in t.first else []
-    nothing = [] if fixed or t.raw else [(0, 0, None)]
+    ellipsis = int((filled & (dots | (t.codes[last] == ord('…')))).sum())
     return {
-        'rps_doc_frac_lines_end_with_ellipsis':
-            int(ellipsis.sum()) / len(ellipsis) if len(ellipsis) else None,
-        'rps_lines_ending_with_terminal_punctution_mark': spans(terminal.astype(float).tolist()),
-        'rps_lines_start_with_bulletpoint': spans(bullet.astype(float).tolist()) or nothing,
-        'rps_lines_javascript_counts':
-            spans(t.per_line(t.places[script]).astype(float).tolist()),
+        'rps_doc_frac_lines_end_with_ellipsis': ellipsis / len(starts) if starts else None,
+        'rps_lines_ending_with_terminal_punctution_mark': yes(filled & t.has('terminal')[last]),
+        'rps_lines_start_with_bulletpoint': yes(filled & t.has('bullet')[first])
+                                            or ([] if fixed else [(0, 0, None)]),
+        'rps_lines_javascript_counts': yes(t.per_line(t.places[script])),
         'rps_lines_num_words': spans(n_words.tolist()),
-        'rps_lines_numerical_chars_fraction': spans(shares(count('number'), length)),
-        'rps_lines_uppercase_letter_fraction': spans(shares(count('upper'), np.diff(t.edges)))}
+        'rps_lines_numerical_chars_fraction': shares('number', length),
+        'rps_lines_uppercase_letter_fraction': shares('upper', t.edges[1:] - t.edges[:-1])}
 
-# %% ../../nbs/22_quality_signals.ipynb #3ad8a919
+# %% ../../nbs/22_quality_signals.ipynb #59866bf7
 STOP_WORDS = {'en': frozenset("""
 a about after all also am an and any are as at be because been before being between both
 but by can could did do does each for from had has have he her here him his how i if in
@@ -205,21 +195,19 @@ def _stop_lists(words:frozenset[str], fixed:bool) -> tuple[frozenset, frozenset]
 
 @lru_cache(64)
 def _phrases(entries:frozenset[str], fixed:bool) -> dict[str, list[list[str]]]: # by first word
-    found = {}
-    for e in sorted({normalise(e) for e in entries} if fixed else entries):
-        found.setdefault(e.split(' ')[0], []).append(e.split(' '))
-    return found
+    phrases = [e.split(' ') for e in ({normalise(e) for e in entries} if fixed else entries)]
+    return {p[0]: [q for q in phrases if q[0] == p[0]] for p in phrases}
 
 def _of_lists(t:_Text, bad:frozenset|None, domain:str|None, blocklist:Mapping[str, int],
               fixed:bool) -> dict[str, Any]:
-    phrases, w, hosts = _phrases(bad or frozenset(), fixed), t.words, [domain]
-    if fixed and domain: hosts = [domain[i:] for i in (0, *(m.end() for m in
-                                                             re.finditer(r'\.', domain)))]
+    phrases, w = _phrases(bad or frozenset(), fixed), t.words
+    parts = (domain or '').split('.') if fixed else []
+    hosts = [domain, *('.'.join(parts[i:]) for i in range(1, len(parts)))]
     hits = sum(w[i:i + len(p)] == p for i, x in enumerate(w) for p in phrases.get(x, ()))
     return {'rps_doc_ldnoobw_words': None if bad is None else float(hits),
             'rps_doc_ut1_blacklist': next((blocklist[h] for h in hosts if h in blocklist), None)}
 
-# %% ../../nbs/22_quality_signals.ipynb #5c762f5c
+# %% ../../nbs/22_quality_signals.ipynb #b2235eb9
 _M = 2**64 - 1
 
 def _sip_round(a:int, b:int, c:int, d:int) -> tuple[int, int, int, int]:
@@ -238,10 +226,7 @@ def _keys(seed:int) -> tuple[int, int]: # PYTHONHASHSEED's: sixteen bytes
     return int.from_bytes(key[:8], 'little'), int.from_bytes(key[8:], 'little')
 
 @lru_cache(2**18)
-def string_hash(
-    text:str,
-    seed:int=42, # Of PYTHONHASHSEED; 0 is no seed
-) -> int: # 64 bits, signed
+def string_hash(text:str, seed:int=42) -> int: # seed of PYTHONHASHSEED; 64 bits, signed
     "What `hash(text)` is in CPython 3.11 and newer, whatever seed this process has"
     if not text: return 0
     top = max(map(ord, text))
@@ -260,15 +245,13 @@ def string_hash(
     found = a ^ b ^ c ^ d
     return -2 if found == _M else found - (found >> 63 << 64)
 
-# %% ../../nbs/22_quality_signals.ipynb #c6ed3e75
+# %% ../../nbs/22_quality_signals.ipynb #9273e88d
 def feature_counts(
     words:Sequence[str], # As they stand in the text, marks included
     buckets:int=10_000,
-    *,
-    seed:int=42, # Of the hash
 ) -> np.ndarray: # (buckets,) int64
     "How many words and pairs of neighbours fall into each bucket of DSIR"
-    one = np.array([string_hash(w, seed) for w in words], np.int64).view(np.uint64)
+    one = np.array([string_hash(w) for w in words], np.int64).view(np.uint64)
     two = np.full(max(0, len(one) - 1), 2870177450012600261, np.uint64)
     for lane in (one[:-1], one[1:]):
         two += lane * np.uint64(14029467366897019727)
@@ -279,7 +262,7 @@ def feature_counts(
     size = np.where(both >> np.uint64(63) > 0, -both, both)        # absolute value
     return np.bincount((size % np.uint64(buckets)).astype(np.int64), minlength=buckets)
 
-# %% ../../nbs/22_quality_signals.ipynb #bd559cec
+# %% ../../nbs/22_quality_signals.ipynb #ee691386
 @dataclass(frozen=True, eq=False)
 class Importance:
     "DSIR's log ratio of a good corpus and the crawl"
@@ -305,25 +288,21 @@ class Importance:
         p, q = (math.exp(n * math.log(x) - x - math.lgamma(n + 1)) for x in (t, s))
         return math.log(p + 1e-8) - math.log(q + 1e-8)
 
-    def scores(self, words:Sequence[str], n_chars:int, *, fixed:bool=False) -> tuple:
-        "Importance without and with its correction; None where no length is known"
-        x = float(np.inner(feature_counts(words, len(self.source)), self.log_ratio))
-        known = self.target_length and self.source_length
-        return x, x + self.correction(len(words), n_chars, fixed=fixed) if known else None
-
 def _of_models(t:_Text, classifiers:Mapping, importance:Mapping, fixed:bool) -> dict[str, Any]:
     found, line = {}, ' '.join(t.raw.splitlines()).strip()
     for name, classify in classifiers.items() if t.raw else ():
         label, p = classify(line)
         found[f'rps_doc_ml_{name}_score'] = float(1 - p if label == '__label__cc' else p)
     words = regex.findall(r'\w+|[^\w\s]+', t.raw) if importance else []
-    for name, model in importance.items() if t.raw else ():
-        x, corrected = model.scores(words, len(t.raw), fixed=fixed)
-        found |= {f'rps_doc_{name}_importance': x,
-                  f'rps_doc_{name}_importance_length_correction': corrected}
+    for name, m in importance.items() if t.raw else ():
+        x = float(np.inner(feature_counts(words, len(m.source)), m.log_ratio))
+        found[f'rps_doc_{name}_importance'] = x
+        if m.target_length and m.source_length:
+            x += m.correction(len(words), len(t.raw), fixed=fixed)
+            found[f'rps_doc_{name}_importance_length_correction'] = x
     return found
 
-# %% ../../nbs/22_quality_signals.ipynb #688a8ba7
+# %% ../../nbs/22_quality_signals.ipynb #ad142993
 _RECORD = ('length', 'original_length', 'nlines', 'original_nlines', 'language_score',
            'perplexity', 'bucket')
 CLASSIFIERS, TARGETS = ('palm', 'wikipedia', 'wikiref'), ('books', 'openwebtext', 'wikipedia')
@@ -343,20 +322,10 @@ SIGNALS = ( # RedPajama-v2's names, in the order of its schema
     *(f'rps_doc_{x}_importance{y}' for x in TARGETS for y in ('', '_length_correction')))
 
 def _of_record(text:str, record:Mapping[str, Any]) -> dict[str, float|None]:
-    found = {k: v(text) if callable(v) else v for k, v in record.items() if k in _RECORD}
-    for k, v in found.items():
-        if k == 'bucket': v = dict(head=0., middle=1., tail=2.).get(v)
-        elif v is not None and not isinstance(v, (int, float)):
-            raise ValueError(f'{k} of the record is {v!r} and not a number')
-        found[k] = v if v is None else float(v)
-    return {f'ccnet_{k}': v for k, v in found.items()}
+    found = {k: v(text) if callable(v) else v for k, v in record.items()}
+    if 'bucket' in found: found['bucket'] = dict(head=0, middle=1, tail=2).get(found['bucket'])
+    return {f'ccnet_{k}': None if v is None else float(v) for k, v in found.items()}
 
-def _known(given:Mapping|None, names:Sequence[str], what:str) -> Mapping:
-    if unknown := sorted((given or {}).keys() - set(names)):
-        raise ValueError(f'{what} {", ".join(unknown)} unknown; there are {", ".join(names)}')
-    return given or {}
-
-# %% ../../nbs/22_quality_signals.ipynb #510f8e25
 def compute_signals(
     text:str,
     *,
@@ -375,17 +344,18 @@ def compute_signals(
         raise ValueError(f'text is {str(text)[:40]!r}, of {type(text).__name__}, and not a str')
     stop = _stop_words_of(language) if stop_words is None else _as_set(stop_words, 'stop_words')
     bad = None if bad_words is None else _as_set(bad_words, 'bad_words')
-    models = _known(classifiers, CLASSIFIERS, 'classifiers'), _known(importance, TARGETS,
-                                                                     'importance of')
+    for given, names in ((record, _RECORD), (classifiers, CLASSIFIERS), (importance, TARGETS)):
+        if unknown := (given or {}).keys() - set(names):
+            raise ValueError(f'{min(unknown)} unknown; there are {", ".join(names)}')
     t, whole = _Text(text), _of_record(text, record or {})
     found = {**_of_words(t, *_stop_lists(stop, fixed), fixed), **_of_repeats(t, fixed),
              **_of_lists(t, bad, domain, blocklist or {}, fixed), **_of_lines(t, fixed),
-             **_of_models(t, *models, fixed)}
+             **_of_models(t, classifiers or {}, importance or {}, fixed)}
     found = {k: round(v, 8) if isinstance(v, float) else v for k, v in found.items()} | whole
-    return {name: found[name] if name.startswith('rps_lines') else [(0, len(text), found.get(name))]
+    return {name: found[name] if name[:9] == 'rps_lines' else [(0, len(text), found.get(name))]
             for name in SIGNALS}
 
-# %% ../../nbs/22_quality_signals.ipynb #e9e3f5df
+# %% ../../nbs/22_quality_signals.ipynb #1ce8b0bf
 def signals_of_batch(
     batch:Mapping[str, list], # Columns
     *,
@@ -397,8 +367,7 @@ def signals_of_batch(
     for column in filter(None, (text_column, domain_column)):
         if column not in batch:
             raise ValueError(f'the batch has no column {column!r}, only {", ".join(batch)}')
-    for name in {'stop_words', 'bad_words'} & lists.keys():
-        if lists[name] is not None: lists[name] = _as_set(lists[name], name)
+    lists |= {k: _as_set(v, k) for k, v in lists.items() if k[-5:] == 'words' and v is not None}
     texts = batch[text_column]
     domains = batch[domain_column] if domain_column else [None] * len(texts)
     rows = [compute_signals(x, domain=d, **lists) for x, d in zip(texts, domains)]
@@ -439,7 +408,7 @@ DOCUMENTATION = ( # For docstrings and manuals; set by reading what is dropped
     Rule('rps_doc_frac_no_alph_words', high=.75),
     Rule('rps_doc_frac_chars_top_2gram', high=.3, min_words=50))
 
-# %% ../../nbs/22_quality_signals.ipynb #ae1f6c19
+# %% ../../nbs/22_quality_signals.ipynb #f7c493fe
 def broken_rules(
     signals:Mapping[str, list], # From `compute_signals`
     rules:Iterable[Rule]=DOCUMENTATION,
@@ -448,11 +417,9 @@ def broken_rules(
     rules = list(rules)
     if missing := {r.signal for r in rules} - signals.keys():
         raise ValueError(f'rules ask for {sorted(missing)}; known are {", ".join(SIGNALS)}')
-    def broken(r:Rule) -> bool:
-        if r.min_words and _mean(signals['rps_doc_word_count']) < r.min_words: return False
-        value = _mean(signals[r.signal])
-        return value < r.low or value > r.high
-    return [r.signal for r in rules if broken(r)]
+    words = _mean(signals['rps_doc_word_count'])
+    found = [(r, _mean(signals[r.signal])) for r in rules if words >= r.min_words]
+    return [r.signal for r, value in found if value < r.low or value > r.high]
 
 def judge(
     documents:Iterable[Document],
