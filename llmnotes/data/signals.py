@@ -22,7 +22,7 @@ import regex
 from ..corpus import Document
 from .dedup import normalise
 
-# %% ../../nbs/22_quality_signals.ipynb #f9582b45
+# %% ../../nbs/22_quality_signals.ipynb #67ac1280
 _PROPERTIES = { # What a character can be
     'known': lambda c: True,
     'word': regex.compile(r'\w').match, 'blank': regex.compile(r'\s').match, # for raw words
@@ -33,19 +33,16 @@ _PROPERTIES = { # What a character can be
     'spoken': re.compile(r'\w').match, 'stop': '.!?'.__contains__, # for sentences
     'terminal': '.!?”'.__contains__, 'bullet': '•‣▶◀◦■□▪▫–'.__contains__}
 _BIT = {name: np.uint16(1 << i) for i, name in enumerate(_PROPERTIES)}
-
-@cache
-def _table() -> np.ndarray: return np.zeros(0x110000, np.uint16) # 0: not looked up yet
+_TABLE = np.zeros(0x110000, np.uint16) # Bits of each code point; 0: not looked up yet
 
 def _properties(codes:np.ndarray) -> np.ndarray: # the bits of each character
-    table = _table()
-    found = table[codes]
+    found = _TABLE[codes]
     if found.all(): return found
     for c in np.unique(codes[found == 0]).tolist():
-        table[c] = sum(_BIT[name] for name, test in _PROPERTIES.items() if test(chr(c)))
-    return table[codes]
+        _TABLE[c] = sum(_BIT[name] for name, test in _PROPERTIES.items() if test(chr(c)))
+    return _TABLE[codes]
 
-# %% ../../nbs/22_quality_signals.ipynb #197994b6
+# %% ../../nbs/22_quality_signals.ipynb #2bd5cf74
 def _begins(inside:np.ndarray, changes:np.ndarray) -> np.ndarray: # where runs begin
     inside[1:] &= changes
     return np.flatnonzero(inside)
@@ -55,20 +52,20 @@ def _string(codes:np.ndarray) -> str: return codes.tobytes().decode('utf-32-le',
 class _Text:
     "A text as arrays: what each character is, where its words and lines begin"
     def __init__(self, raw:str):
-        self.raw = raw
+        self.raw, n = raw, len(raw)
         self.codes = np.frombuffer(raw.encode('utf-32-le', 'surrogatepass'), np.uint32)
         self.bits = _properties(self.codes)
         ends = (np.flatnonzero(self.codes == 10) + 1).tolist()
-        self.edges = np.array([0, *ends, *[len(raw)] * (raw[-1:] not in ('', '\n'))])
+        self.edges = np.array([0, *ends, *[n] * (raw[-1:] not in ('', '\n'))])
         kept = np.flatnonzero(self.bits & _BIT['deleted'] == 0)
         space = self.bits[kept] & _BIT['space'] != 0
         self.places = kept[_begins(~space, space[:-1])]          # of the normalised words
         clean = _string(self.codes[kept]).lower()
         self.words = unicodedata.normalize('NFD', clean).split()
-        n, self.first = len(self.words), {}                      # word: its first index
+        n = len(self.words)
         lengths = np.fromiter(map(len, self.words), np.int64, n)
         self.chars = np.concatenate(([0], lengths.cumsum()))     # before each word, and in all
-        self.ids = np.fromiter(map(self.first.setdefault, self.words, range(n)), np.int64, n)
+        self.ids = np.fromiter(map({}.setdefault, self.words, range(n)), np.int64, n)
         kind = self.bits & (_BIT['word'] | _BIT['blank'])
         begins = _begins(kind != _BIT['blank'], kind[1:] != kind[:-1])
         self.raw_bits = np.bitwise_or.reduceat(self.bits, begins) if begins.size else begins
@@ -76,8 +73,7 @@ class _Text:
     def has(self, name:str) -> np.ndarray: return self.bits & _BIT[name] != 0
 
     def per_line(self, places:np.ndarray) -> np.ndarray: # how many of them lie in each line
-        cut = np.searchsorted(places, self.edges)
-        return cut[1:] - cut[:-1]
+        return np.diff(np.searchsorted(places, self.edges))
 
 # %% ../../nbs/22_quality_signals.ipynb #4e6463ad
 def _of_words(t:_Text, stop_words:Set[str], marks:Set[str], fixed:bool) -> dict[str, Any]:
@@ -106,17 +102,15 @@ def _of_words(t:_Text, stop_words:Set[str], marks:Set[str], fixed:bool) -> dict[
         'rps_doc_curly_bracket': (raw.count('{') + raw.count('}')) / max(1, len(raw)),
         'rps_doc_lorem_ipsum': lorem / max(1, len(content))}
 
-# %% ../../nbs/22_quality_signals.ipynb #8f897887
+# %% ../../nbs/22_quality_signals.ipynb #eb126d56
 def _of_repeats(t:_Text, fixed:bool) -> dict[str, float]:
     found = dict.fromkeys([f'rps_doc_frac_chars_{what}' for what in
         ('top_2gram', 'top_3gram', 'top_4gram', *(f'dupe_{k}grams' for k in range(5, 11)))], 0.)
     n, runs, total = len(t.ids), t.ids, int(t.chars[-1])
     again = np.bincount(runs, minlength=n)[runs] > 1 if n else np.zeros(0, bool)
-
     def covered(begins:np.ndarray, k:int) -> float: # share of characters in the runs there
         ends = np.minimum(begins + k, np.append(begins[1:], n))
         return int((t.chars[ends] - t.chars[begins]).sum()) / total
-
     for k in range(2, 11):
         at = np.flatnonzero(again[:-1] & again[1:])
         if not at.size: break
@@ -135,7 +129,7 @@ def _of_repeats(t:_Text, fixed:bool) -> dict[str, float]:
             found[f'rps_doc_frac_chars_dupe_{k}grams'] = covered(at[marked], k)
     return found
 
-# %% ../../nbs/22_quality_signals.ipynb #ce0ee34f
+# %% ../../nbs/22_quality_signals.ipynb #aa9f81ff
 def _of_lines(t:_Text, fixed:bool) -> dict[str, Any]:
     starts, ends = t.edges[:-1].tolist(), t.edges[1:].tolist()
     def spans(values:Iterable) -> list: return list(zip(starts, ends, values))
@@ -143,7 +137,6 @@ def _of_lines(t:_Text, fixed:bool) -> dict[str, Any]:
         part = t.per_line(np.flatnonzero(t.has(name)))
         return spans(round(a / b, 8) if a else 0. for a, b in zip(part.tolist(), whole.tolist()))
     def yes(x:np.ndarray) -> list: return spans(x.astype(float).tolist())
-
     solid = np.append(np.flatnonzero(~t.has('space')), 0)
     cut, at = np.searchsorted(solid[:-1], t.edges), np.searchsorted(t.places, t.edges)
     filled, first, last = cut[1:] > cut[:-1], solid[cut[:-1]], solid[cut[1:] - 1]
@@ -151,8 +144,7 @@ def _of_lines(t:_Text, fixed:bool) -> dict[str, Any]:
     dots = dot[last] & dot[last - 1] & dot[np.maximum(last - 2, 0)] & (last >= 2)
     n_words = at[1:] - at[:-1]
     length = t.chars[at[1:]] - t.chars[at[:-1]] + np.maximum(n_words - 1, 0)   # normalised
-    script = [i for i, w in enumerate(t.words) if w == 'javascript'] \
-        if 'javascript' in t.first else []
+    script = [i for i, w in enumerate(t.words) if w == 'javascript']
     ellipsis = int((filled & (dots | (t.codes[last] == ord('…')))).sum())
     return {
         'rps_doc_frac_lines_end_with_ellipsis': ellipsis / len(starts) if starts else None,
@@ -164,7 +156,7 @@ def _of_lines(t:_Text, fixed:bool) -> dict[str, Any]:
         'rps_lines_numerical_chars_fraction': shares('number', length),
         'rps_lines_uppercase_letter_fraction': shares('upper', t.edges[1:] - t.edges[:-1])}
 
-# %% ../../nbs/22_quality_signals.ipynb #59866bf7
+# %% ../../nbs/22_quality_signals.ipynb #7c7834ae
 STOP_WORDS = {'en': frozenset("""
 a about after all also am an and any are as at be because been before being between both
 but by can could did do does each for from had has have he her here him his how i if in
@@ -179,9 +171,9 @@ def _stop_words_of(language:str) -> frozenset[str]:
     except ImportError:
         raise ImportError(f'stop words for {language!r} need stopwordsiso: pip install '
                           "'llmnotes[data]', or give stop_words") from None
-    if language not in stopwordsiso.langs():
+    if language not in (known := sorted(stopwordsiso.langs())):
         raise ValueError(f'there are no stop words for language {language!r}, only for '
-                         f'{", ".join(sorted(stopwordsiso.langs()))}; give stop_words')
+                         f'{", ".join(known)}; give stop_words')
     return frozenset(stopwordsiso.stopwords(language))
 
 def _as_set(words:Set[str], name:str) -> frozenset[str]:
@@ -195,8 +187,10 @@ def _stop_lists(words:frozenset[str], fixed:bool) -> tuple[frozenset, frozenset]
 
 @lru_cache(64)
 def _phrases(entries:frozenset[str], fixed:bool) -> dict[str, list[list[str]]]: # by first word
-    phrases = [e.split(' ') for e in ({normalise(e) for e in entries} if fixed else entries)]
-    return {p[0]: [q for q in phrases if q[0] == p[0]] for p in phrases}
+    found = {}
+    for e in {*map(normalise, entries)} if fixed else entries:
+        found.setdefault(e.split(' ')[0], []).append(e.split(' '))
+    return found
 
 def _of_lists(t:_Text, bad:frozenset|None, domain:str|None, blocklist:Mapping[str, int],
               fixed:bool) -> dict[str, Any]:
@@ -207,9 +201,8 @@ def _of_lists(t:_Text, bad:frozenset|None, domain:str|None, blocklist:Mapping[st
     return {'rps_doc_ldnoobw_words': None if bad is None else float(hits),
             'rps_doc_ut1_blacklist': next((blocklist[h] for h in hosts if h in blocklist), None)}
 
-# %% ../../nbs/22_quality_signals.ipynb #b2235eb9
+# %% ../../nbs/22_quality_signals.ipynb #03a20da7
 _M = 2**64 - 1
-
 def _sip_round(a:int, b:int, c:int, d:int) -> tuple[int, int, int, int]:
     def turned(x:int, by:int) -> int: return (x << by | x >> (64 - by)) & _M
     a, c = (a + b) & _M, (c + d) & _M
@@ -262,7 +255,7 @@ def feature_counts(
     size = np.where(both >> np.uint64(63) > 0, -both, both)        # absolute value
     return np.bincount((size % np.uint64(buckets)).astype(np.int64), minlength=buckets)
 
-# %% ../../nbs/22_quality_signals.ipynb #ee691386
+# %% ../../nbs/22_quality_signals.ipynb #a55c358d
 @dataclass(frozen=True, eq=False)
 class Importance:
     "DSIR's log ratio of a good corpus and the crawl"
@@ -273,8 +266,7 @@ class Importance:
 
     def __post_init__(self):
         if self.target.ndim != 1 or self.target.shape != self.source.shape:
-            raise ValueError(f'counts of target {self.target.shape} and source '
-                             f'{self.source.shape} need one and the same number of buckets')
+            raise ValueError(f'target {self.target.shape} and source {self.source.shape} differ')
 
     @cached_property
     def log_ratio(self) -> np.ndarray: # (buckets,) nats
@@ -302,9 +294,8 @@ def _of_models(t:_Text, classifiers:Mapping, importance:Mapping, fixed:bool) -> 
             found[f'rps_doc_{name}_importance_length_correction'] = x
     return found
 
-# %% ../../nbs/22_quality_signals.ipynb #ad142993
-_RECORD = ('length', 'original_length', 'nlines', 'original_nlines', 'language_score',
-           'perplexity', 'bucket')
+# %% ../../nbs/22_quality_signals.ipynb #17d7e2fd
+_RECORD = 'length original_length nlines original_nlines language_score perplexity bucket'.split()
 CLASSIFIERS, TARGETS = ('palm', 'wikipedia', 'wikiref'), ('books', 'openwebtext', 'wikipedia')
 SIGNALS = ( # RedPajama-v2's names, in the order of its schema
     *(f'ccnet_{x}' for x in _RECORD),
@@ -312,8 +303,7 @@ SIGNALS = ( # RedPajama-v2's names, in the order of its schema
         'curly_bracket', 'ldnoobw_words', 'lorem_ipsum', 'stop_word_fraction', 'ut1_blacklist',
         'frac_all_caps_words', 'frac_lines_end_with_ellipsis', 'frac_no_alph_words',
         'frac_unique_words', 'mean_word_length', 'num_sentences', 'symbol_to_word_ratio',
-        'unigram_entropy', 'word_count',
-        *(f'frac_chars_dupe_{k}grams' for k in range(5, 11)),
+        'unigram_entropy', 'word_count', *(f'frac_chars_dupe_{k}grams' for k in range(5, 11)),
         *(f'frac_chars_top_{k}gram' for k in (2, 3, 4)))),
     *(f'rps_lines_{x}' for x in (
         'ending_with_terminal_punctution_mark', 'javascript_counts', 'num_words',
@@ -355,7 +345,7 @@ def compute_signals(
     return {name: found[name] if name[:9] == 'rps_lines' else [(0, len(text), found.get(name))]
             for name in SIGNALS}
 
-# %% ../../nbs/22_quality_signals.ipynb #1ce8b0bf
+# %% ../../nbs/22_quality_signals.ipynb #5d35da5e
 def signals_of_batch(
     batch:Mapping[str, list], # Columns
     *,
@@ -368,9 +358,8 @@ def signals_of_batch(
         if column not in batch:
             raise ValueError(f'the batch has no column {column!r}, only {", ".join(batch)}')
     lists |= {k: _as_set(v, k) for k, v in lists.items() if k[-5:] == 'words' and v is not None}
-    texts = batch[text_column]
-    domains = batch[domain_column] if domain_column else [None] * len(texts)
-    rows = [compute_signals(x, domain=d, **lists) for x, d in zip(texts, domains)]
+    domains = batch[domain_column] if domain_column else [None] * len(batch[text_column])
+    rows = [compute_signals(x, domain=d, **lists) for x, d in zip(batch[text_column], domains)]
     return {name: [row[name] for row in rows] for name in SIGNALS}
 
 def signal_table(
@@ -386,7 +375,7 @@ def _mean(spans:list) -> float:
     known = [v for *_, v in spans if v is not None]
     return sum(known) / len(known) if known else math.nan
 
-# %% ../../nbs/22_quality_signals.ipynb #ade75b33
+# %% ../../nbs/22_quality_signals.ipynb #885d814c
 @dataclass(frozen=True)
 class Rule:
     "A range that a signal has to lie in"
@@ -397,9 +386,8 @@ class Rule:
 
 GOPHER = ( # Rae and others, 2021, as far as our signals go
     Rule('rps_doc_word_count', 50, 100_000), Rule('rps_doc_mean_word_length', 3, 10),
-    Rule('rps_doc_symbol_to_word_ratio', high=.1),
+    Rule('rps_doc_symbol_to_word_ratio', high=.1), Rule('rps_doc_frac_no_alph_words', high=.2),
     Rule('rps_doc_frac_lines_end_with_ellipsis', high=.3),
-    Rule('rps_doc_frac_no_alph_words', high=.2),
     Rule('rps_lines_start_with_bulletpoint', high=.9),
     *(Rule(f'rps_doc_frac_chars_top_{k}gram', high=.24 - .02 * k) for k in (2, 3, 4)),
     *(Rule(f'rps_doc_frac_chars_dupe_{k}grams', high=.2 - .01 * k) for k in range(5, 11)))
@@ -408,7 +396,6 @@ DOCUMENTATION = ( # For docstrings and manuals; set by reading what is dropped
     Rule('rps_doc_frac_no_alph_words', high=.75),
     Rule('rps_doc_frac_chars_top_2gram', high=.3, min_words=50))
 
-# %% ../../nbs/22_quality_signals.ipynb #f7c493fe
 def broken_rules(
     signals:Mapping[str, list], # From `compute_signals`
     rules:Iterable[Rule]=DOCUMENTATION,
