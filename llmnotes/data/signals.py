@@ -42,18 +42,19 @@ def _properties(codes:np.ndarray) -> np.ndarray: # the bits of each character
         _TABLE[c] = sum(_BIT[name] for name, test in _PROPERTIES.items() if test(chr(c)))
     return _TABLE[codes]
 
-# %% ../../nbs/22_quality_signals.ipynb #2bd5cf74
+# %% ../../nbs/22_quality_signals.ipynb #a00d6f5d
 def _begins(inside:np.ndarray, changes:np.ndarray) -> np.ndarray: # where runs begin
     inside[1:] &= changes
     return np.flatnonzero(inside)
 
-def _string(codes:np.ndarray) -> str: return codes.tobytes().decode('utf-32-le', 'surrogatepass')
+_UTF32 = 'utf-32-le', 'surrogatepass' # A lone surrogate is a character, too
+def _string(codes:np.ndarray) -> str: return codes.tobytes().decode(*_UTF32)
 
 class _Text:
     "A text as arrays: what each character is, where its words and lines begin"
     def __init__(self, raw:str):
         self.raw, n = raw, len(raw)
-        self.codes = np.frombuffer(raw.encode('utf-32-le', 'surrogatepass'), np.uint32)
+        self.codes = np.frombuffer(raw.encode(*_UTF32), np.uint32)
         self.bits = _properties(self.codes)
         ends = (np.flatnonzero(self.codes == 10) + 1).tolist()
         self.edges = np.array([0, *ends, *[n] * (raw[-1:] not in ('', '\n'))])
@@ -64,7 +65,7 @@ class _Text:
         self.words = unicodedata.normalize('NFD', clean).split()
         n = len(self.words)
         lengths = np.fromiter(map(len, self.words), np.int64, n)
-        self.chars = np.concatenate(([0], lengths.cumsum()))     # before each word, and in all
+        self.chars = np.concatenate(([0], lengths.cumsum()))     # before each word
         self.ids = np.fromiter(map({}.setdefault, self.words, range(n)), np.int64, n)
         kind = self.bits & (_BIT['word'] | _BIT['blank'])
         begins = _begins(kind != _BIT['blank'], kind[1:] != kind[:-1])
@@ -75,11 +76,11 @@ class _Text:
     def per_line(self, places:np.ndarray) -> np.ndarray: # how many of them lie in each line
         return np.diff(np.searchsorted(places, self.edges))
 
-# %% ../../nbs/22_quality_signals.ipynb #4e6463ad
+# %% ../../nbs/22_quality_signals.ipynb #20455bce
 def _of_words(t:_Text, stop_words:Set[str], marks:Set[str], fixed:bool) -> dict[str, Any]:
     n, N, raw = len(t.words), len(t.raw_bits), t.raw
     counts = np.bincount(t.ids, minlength=n)
-    counts = counts[counts > 0].tolist()                   # in the order of first appearance
+    counts = counts[counts > 0].tolist()                   # as they first appear
     term = {c: -c / n * math.log(c / n) for c in set(counts)}
     upper, lower = (t.raw_bits & _BIT[b] != 0 for b in ('upper', 'lower'))
     letters = np.count_nonzero(t.raw_bits & _BIT['letter' if fixed else 'latin'])
@@ -102,10 +103,10 @@ def _of_words(t:_Text, stop_words:Set[str], marks:Set[str], fixed:bool) -> dict[
         'rps_doc_curly_bracket': (raw.count('{') + raw.count('}')) / max(1, len(raw)),
         'rps_doc_lorem_ipsum': lorem / max(1, len(content))}
 
-# %% ../../nbs/22_quality_signals.ipynb #eb126d56
+# %% ../../nbs/22_quality_signals.ipynb #b4d9fa00
 def _of_repeats(t:_Text, fixed:bool) -> dict[str, float]:
-    found = dict.fromkeys([f'rps_doc_frac_chars_{what}' for what in
-        ('top_2gram', 'top_3gram', 'top_4gram', *(f'dupe_{k}grams' for k in range(5, 11)))], 0.)
+    found = {f'rps_doc_frac_chars_top_{k}gram': 0. for k in (2, 3, 4)}
+    found |= {f'rps_doc_frac_chars_dupe_{k}grams': 0. for k in range(5, 11)}
     n, runs, total = len(t.ids), t.ids, int(t.chars[-1])
     again = np.bincount(runs, minlength=n)[runs] > 1 if n else np.zeros(0, bool)
     def covered(begins:np.ndarray, k:int) -> float: # share of characters in the runs there
@@ -115,12 +116,12 @@ def _of_repeats(t:_Text, fixed:bool) -> dict[str, float]:
         at = np.flatnonzero(again[:-1] & again[1:])
         if not at.size: break
         pairs, first = runs[at] * n + runs[at + 1], {}
-        new = np.fromiter(map(first.setdefault, pairs.tolist(), at.tolist()), np.int64, at.size)
+        new = np.fromiter(map(first.setdefault, pairs.tolist(), at.tolist()), int, at.size)
         times = np.bincount(new)
         runs, again = np.zeros(n - k + 1, np.int64), np.zeros(n - k + 1, bool)
         runs[at], again[at] = new, times[new] > 1
         if k < 5:
-            top = int(times.argmax())                             # the first of the commonest
+            top = int(times.argmax())                          # the first of the commonest
             size, c = int(t.chars[top + k] - t.chars[top]), int(times[top])
             share = covered(at[new == top], k) if fixed else size * c / total
             if c > 1: found[f'rps_doc_frac_chars_top_{k}gram'] = share
@@ -129,13 +130,13 @@ def _of_repeats(t:_Text, fixed:bool) -> dict[str, float]:
             found[f'rps_doc_frac_chars_dupe_{k}grams'] = covered(at[marked], k)
     return found
 
-# %% ../../nbs/22_quality_signals.ipynb #aa9f81ff
+# %% ../../nbs/22_quality_signals.ipynb #e0bfe987
 def _of_lines(t:_Text, fixed:bool) -> dict[str, Any]:
     starts, ends = t.edges[:-1].tolist(), t.edges[1:].tolist()
     def spans(values:Iterable) -> list: return list(zip(starts, ends, values))
     def shares(name:str, whole:np.ndarray) -> list: # rounded as Python rounds
-        part = t.per_line(np.flatnonzero(t.has(name)))
-        return spans(round(a / b, 8) if a else 0. for a, b in zip(part.tolist(), whole.tolist()))
+        part = t.per_line(np.flatnonzero(t.has(name))).tolist()
+        return spans(round(a / b, 8) if a else 0. for a, b in zip(part, whole.tolist()))
     def yes(x:np.ndarray) -> list: return spans(x.astype(float).tolist())
     solid = np.append(np.flatnonzero(~t.has('space')), 0)
     cut, at = np.searchsorted(solid[:-1], t.edges), np.searchsorted(t.places, t.edges)
@@ -148,7 +149,8 @@ def _of_lines(t:_Text, fixed:bool) -> dict[str, Any]:
     ellipsis = int((filled & (dots | (t.codes[last] == ord('…')))).sum())
     return {
         'rps_doc_frac_lines_end_with_ellipsis': ellipsis / len(starts) if starts else None,
-        'rps_lines_ending_with_terminal_punctution_mark': yes(filled & t.has('terminal')[last]),
+        'rps_lines_ending_with_terminal_punctution_mark':
+            yes(filled & t.has('terminal')[last]),
         'rps_lines_start_with_bulletpoint': yes(filled & t.has('bullet')[first])
                                             or ([] if fixed else [(0, 0, None)]),
         'rps_lines_javascript_counts': yes(t.per_line(t.places[script])),
@@ -156,7 +158,7 @@ def _of_lines(t:_Text, fixed:bool) -> dict[str, Any]:
         'rps_lines_numerical_chars_fraction': shares('number', length),
         'rps_lines_uppercase_letter_fraction': shares('upper', t.edges[1:] - t.edges[:-1])}
 
-# %% ../../nbs/22_quality_signals.ipynb #7c7834ae
+# %% ../../nbs/22_quality_signals.ipynb #3916f584
 STOP_WORDS = {'en': frozenset("""
 a about after all also am an and any are as at be because been before being between both
 but by can could did do does each for from had has have he her here him his how i if in
@@ -166,7 +168,7 @@ then there these they this those through to too under until up used very was we 
 were what when where which while who why will with would you your""".split())}
 
 @cache
-def _stop_words_of(language:str) -> frozenset[str]:
+def _listed(language:str) -> frozenset[str]:
     try: import stopwordsiso
     except ImportError:
         raise ImportError(f'stop words for {language!r} need stopwordsiso: pip install '
@@ -177,31 +179,31 @@ def _stop_words_of(language:str) -> frozenset[str]:
     return frozenset(stopwordsiso.stopwords(language))
 
 def _as_set(words:Set[str], name:str) -> frozenset[str]:
-    if isinstance(words, str): raise ValueError(f'{name} is one string; pass a set of words')
+    if isinstance(words, str): raise ValueError(f'{name} is one string; pass a set')
     return frozenset(words)
 
 @lru_cache(64)
-def _stop_lists(words:frozenset[str], fixed:bool) -> tuple[frozenset, frozenset]: # words, marks
+def _stop_lists(words:frozenset[str], fixed:bool) -> tuple: # words, marks
     if fixed: return frozenset(map(normalise, words)), frozenset()
     return words, frozenset(w for w in words if not regex.search(r'\w', w))
 
 @lru_cache(64)
-def _phrases(entries:frozenset[str], fixed:bool) -> dict[str, list[list[str]]]: # by first word
+def _phrases(entries:frozenset[str], fixed:bool) -> dict[str, list]: # by first word
     found = {}
     for e in {*map(normalise, entries)} if fixed else entries:
         found.setdefault(e.split(' ')[0], []).append(e.split(' '))
     return found
 
-def _of_lists(t:_Text, bad:frozenset|None, domain:str|None, blocklist:Mapping[str, int],
+def _of_lists(t:_Text, bad:frozenset|None, domain:str|None, ids:Mapping[str, int],
               fixed:bool) -> dict[str, Any]:
     phrases, w = _phrases(bad or frozenset(), fixed), t.words
     parts = (domain or '').split('.') if fixed else []
     hosts = [domain, *('.'.join(parts[i:]) for i in range(1, len(parts)))]
     hits = sum(w[i:i + len(p)] == p for i, x in enumerate(w) for p in phrases.get(x, ()))
     return {'rps_doc_ldnoobw_words': None if bad is None else float(hits),
-            'rps_doc_ut1_blacklist': next((blocklist[h] for h in hosts if h in blocklist), None)}
+            'rps_doc_ut1_blacklist': next((ids[h] for h in hosts if h in ids), None)}
 
-# %% ../../nbs/22_quality_signals.ipynb #03a20da7
+# %% ../../nbs/22_quality_signals.ipynb #6eada67f
 _M = 2**64 - 1
 def _sip_round(a:int, b:int, c:int, d:int) -> tuple[int, int, int, int]:
     def turned(x:int, by:int) -> int: return (x << by | x >> (64 - by)) & _M
@@ -228,7 +230,7 @@ def string_hash(text:str, seed:int=42) -> int: # seed of PYTHONHASHSEED; 64 bits
     a, b = k0 ^ 0x736f6d6570736575, k1 ^ 0x646f72616e646f6d
     c, d = k0 ^ 0x6c7967656e657261, k1 ^ 0x7465646279746573
     n = len(data)
-    data += bytes(7 - n % 8) + bytes([n % 256])             # the last block ends with the length
+    data += bytes(7 - n % 8) + bytes([n % 256])     # the length comes last
     for i in range(0, len(data), 8):
         m = int.from_bytes(data[i:i + 8], 'little')
         a, b, c, d = _sip_round(a, b, c, d ^ m)
@@ -238,7 +240,7 @@ def string_hash(text:str, seed:int=42) -> int: # seed of PYTHONHASHSEED; 64 bits
     found = a ^ b ^ c ^ d
     return -2 if found == _M else found - (found >> 63 << 64)
 
-# %% ../../nbs/22_quality_signals.ipynb #9273e88d
+# %% ../../nbs/22_quality_signals.ipynb #84bd1e1b
 def feature_counts(
     words:Sequence[str], # As they stand in the text, marks included
     buckets:int=10_000,
@@ -248,14 +250,15 @@ def feature_counts(
     two = np.full(max(0, len(one) - 1), 2870177450012600261, np.uint64)
     for lane in (one[:-1], one[1:]):
         two += lane * np.uint64(14029467366897019727)
-        two = (two << np.uint64(31) | two >> np.uint64(33)) * np.uint64(11400714785074694791)
+        two = two << np.uint64(31) | two >> np.uint64(33)
+        two *= np.uint64(11400714785074694791)
     two += np.uint64(2 ^ 2870177450012600261 ^ 3527539)
     two[two == _M] = 1546275796
     both = np.concatenate([one, two])
     size = np.where(both >> np.uint64(63) > 0, -both, both)        # absolute value
     return np.bincount((size % np.uint64(buckets)).astype(np.int64), minlength=buckets)
 
-# %% ../../nbs/22_quality_signals.ipynb #a55c358d
+# %% ../../nbs/22_quality_signals.ipynb #113a8452
 @dataclass(frozen=True, eq=False)
 class Importance:
     "DSIR's log ratio of a good corpus and the crawl"
@@ -265,8 +268,8 @@ class Importance:
     source_length:float|None=None
 
     def __post_init__(self):
-        if self.target.ndim != 1 or self.target.shape != self.source.shape:
-            raise ValueError(f'target {self.target.shape} and source {self.source.shape} differ')
+        t, s = np.shape(self.target), np.shape(self.source)
+        if len(t) != 1 or t != s: raise ValueError(f'target {t} and source {s} differ')
 
     @cached_property
     def log_ratio(self) -> np.ndarray: # (buckets,) nats
@@ -280,7 +283,7 @@ class Importance:
         p, q = (math.exp(n * math.log(x) - x - math.lgamma(n + 1)) for x in (t, s))
         return math.log(p + 1e-8) - math.log(q + 1e-8)
 
-def _of_models(t:_Text, classifiers:Mapping, importance:Mapping, fixed:bool) -> dict[str, Any]:
+def _of_models(t:_Text, classifiers:Mapping, importance:Mapping, fixed:bool) -> dict:
     found, line = {}, ' '.join(t.raw.splitlines()).strip()
     for name, classify in classifiers.items() if t.raw else ():
         label, p = classify(line)
@@ -294,16 +297,19 @@ def _of_models(t:_Text, classifiers:Mapping, importance:Mapping, fixed:bool) -> 
             found[f'rps_doc_{name}_importance_length_correction'] = x
     return found
 
-# %% ../../nbs/22_quality_signals.ipynb #17d7e2fd
-_RECORD = 'length original_length nlines original_nlines language_score perplexity bucket'.split()
-CLASSIFIERS, TARGETS = ('palm', 'wikipedia', 'wikiref'), ('books', 'openwebtext', 'wikipedia')
+# %% ../../nbs/22_quality_signals.ipynb #ec14ff78
+_RECORD = ('length', 'original_length', 'nlines', 'original_nlines', 'language_score',
+           'perplexity', 'bucket')
+CLASSIFIERS = 'palm', 'wikipedia', 'wikiref'
+TARGETS = 'books', 'openwebtext', 'wikipedia'
 SIGNALS = ( # RedPajama-v2's names, in the order of its schema
     *(f'ccnet_{x}' for x in _RECORD),
     *(f'rps_doc_{x}' for x in (
-        'curly_bracket', 'ldnoobw_words', 'lorem_ipsum', 'stop_word_fraction', 'ut1_blacklist',
-        'frac_all_caps_words', 'frac_lines_end_with_ellipsis', 'frac_no_alph_words',
-        'frac_unique_words', 'mean_word_length', 'num_sentences', 'symbol_to_word_ratio',
-        'unigram_entropy', 'word_count', *(f'frac_chars_dupe_{k}grams' for k in range(5, 11)),
+        'curly_bracket', 'ldnoobw_words', 'lorem_ipsum', 'stop_word_fraction',
+        'ut1_blacklist', 'frac_all_caps_words', 'frac_lines_end_with_ellipsis',
+        'frac_no_alph_words', 'frac_unique_words', 'mean_word_length', 'num_sentences',
+        'symbol_to_word_ratio', 'unigram_entropy', 'word_count',
+        *(f'frac_chars_dupe_{k}grams' for k in range(5, 11)),
         *(f'frac_chars_top_{k}gram' for k in (2, 3, 4)))),
     *(f'rps_lines_{x}' for x in (
         'ending_with_terminal_punctution_mark', 'javascript_counts', 'num_words',
@@ -313,7 +319,7 @@ SIGNALS = ( # RedPajama-v2's names, in the order of its schema
 
 def _of_record(text:str, record:Mapping[str, Any]) -> dict[str, float|None]:
     found = {k: v(text) if callable(v) else v for k, v in record.items()}
-    if 'bucket' in found: found['bucket'] = dict(head=0, middle=1, tail=2).get(found['bucket'])
+    found['bucket'] = dict(head=0, middle=1, tail=2).get(found.get('bucket'))
     return {f'ccnet_{k}': None if v is None else float(v) for k, v in found.items()}
 
 def compute_signals(
@@ -324,28 +330,28 @@ def compute_signals(
     stop_words:Set[str]|None=None, # Compared with words as they are, capitals included
     bad_words:Set[str]|None=None, # Words and phrases in lower case; None: not counted
     blocklist:Mapping[str, int]|None=None, # {domain: number of its category}
-    record:Mapping[str, Any]|None=None, # Of the crawl: `perplexity`, ..., values or functions
-    classifiers:Mapping[str, Callable[[str], tuple[str, float]]]|None=None, # By `CLASSIFIERS`
+    record:Mapping[str, Any]|None=None, # Of the crawl, values or functions of text
+    classifiers:Mapping[str, Callable]|None=None, # By `CLASSIFIERS`: text -> label, share
     importance:Mapping[str, Any]|None=None, # `Importance` by `TARGETS`
     fixed:bool=False, # Repair what the reference gets wrong?
 ) -> dict[str, list[tuple[int, int, float|None]]]: # {name: spans in characters and value}
     "RedPajama-v2's 45 quality signals of one document; None where something is not given"
     if not isinstance(text, str):
-        raise ValueError(f'text is {str(text)[:40]!r}, of {type(text).__name__}, and not a str')
-    stop = _stop_words_of(language) if stop_words is None else _as_set(stop_words, 'stop_words')
+        raise ValueError(f'text is {text!r:.40}, of {type(text).__name__}, and not a str')
+    stop = _listed(language) if stop_words is None else _as_set(stop_words, 'stop_words')
     bad = None if bad_words is None else _as_set(bad_words, 'bad_words')
-    for given, names in ((record, _RECORD), (classifiers, CLASSIFIERS), (importance, TARGETS)):
-        if unknown := (given or {}).keys() - set(names):
+    for x, names in ((record, _RECORD), (classifiers, CLASSIFIERS), (importance, TARGETS)):
+        if unknown := (x or {}).keys() - set(names):
             raise ValueError(f'{min(unknown)} unknown; there are {", ".join(names)}')
-    t, whole = _Text(text), _of_record(text, record or {})
+    t, own = _Text(text), _of_record(text, record or {})
     found = {**_of_words(t, *_stop_lists(stop, fixed), fixed), **_of_repeats(t, fixed),
              **_of_lists(t, bad, domain, blocklist or {}, fixed), **_of_lines(t, fixed),
              **_of_models(t, classifiers or {}, importance or {}, fixed)}
-    found = {k: round(v, 8) if isinstance(v, float) else v for k, v in found.items()} | whole
-    return {name: found[name] if name[:9] == 'rps_lines' else [(0, len(text), found.get(name))]
-            for name in SIGNALS}
+    found = {k: round(v, 8) if isinstance(v, float) else v for k, v in found.items()} | own
+    return {n: found[n] if n[:9] == 'rps_lines' else [(0, len(text), found.get(n))]
+            for n in SIGNALS}
 
-# %% ../../nbs/22_quality_signals.ipynb #5d35da5e
+# %% ../../nbs/22_quality_signals.ipynb #eb3fb39e
 def signals_of_batch(
     batch:Mapping[str, list], # Columns
     *,
@@ -357,9 +363,10 @@ def signals_of_batch(
     for column in filter(None, (text_column, domain_column)):
         if column not in batch:
             raise ValueError(f'the batch has no column {column!r}, only {", ".join(batch)}')
-    lists |= {k: _as_set(v, k) for k, v in lists.items() if k[-5:] == 'words' and v is not None}
-    domains = batch[domain_column] if domain_column else [None] * len(batch[text_column])
-    rows = [compute_signals(x, domain=d, **lists) for x, d in zip(batch[text_column], domains)]
+    lists |= {k: _as_set(v, k) for k, v in lists.items() if v and k[-5:] == 'words'}
+    texts = batch[text_column]
+    hosts = batch[domain_column] if domain_column else [None] * len(texts)
+    rows = [compute_signals(x, domain=h, **lists) for x, h in zip(texts, hosts)]
     return {name: [row[name] for row in rows] for name in SIGNALS}
 
 def signal_table(
@@ -375,7 +382,7 @@ def _mean(spans:list) -> float:
     known = [v for *_, v in spans if v is not None]
     return sum(known) / len(known) if known else math.nan
 
-# %% ../../nbs/22_quality_signals.ipynb #885d814c
+# %% ../../nbs/22_quality_signals.ipynb #0093eaab
 @dataclass(frozen=True)
 class Rule:
     "A range that a signal has to lie in"
@@ -386,7 +393,8 @@ class Rule:
 
 GOPHER = ( # Rae and others, 2021, as far as our signals go
     Rule('rps_doc_word_count', 50, 100_000), Rule('rps_doc_mean_word_length', 3, 10),
-    Rule('rps_doc_symbol_to_word_ratio', high=.1), Rule('rps_doc_frac_no_alph_words', high=.2),
+    Rule('rps_doc_symbol_to_word_ratio', high=.1),
+    Rule('rps_doc_frac_no_alph_words', high=.2),
     Rule('rps_doc_frac_lines_end_with_ellipsis', high=.3),
     Rule('rps_lines_start_with_bulletpoint', high=.9),
     *(Rule(f'rps_doc_frac_chars_top_{k}gram', high=.24 - .02 * k) for k in (2, 3, 4)),
