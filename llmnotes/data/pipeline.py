@@ -36,7 +36,7 @@ from .dedup import _workers, deduplicate_files, document_key
 from .extract import extract_pages, read_warc
 from .signals import DOCUMENTATION, GOPHER, Rule, broken_rules, compute_signals
 
-# %% ../../nbs/27_data_pipeline.ipynb #81c3e441
+# %% ../../nbs/27_data_pipeline.ipynb #b7f8d356
 Batch = dict[str, list]
 Step = Callable[[Batch], Batch]
 
@@ -51,8 +51,9 @@ def text_length_filter(min_len:int=10, max_len:int=sys.maxsize) -> Step:
     return _range('characters', len, min_len, max_len)
 
 def words_num_filter(min_num:int=10, max_num:int=sys.maxsize) -> Step:
-    "Keep texts of so many words that have a letter; white space divides them"
-    def words(t:str) -> int: return sum(any(map(str.isalpha, w)) for w in t.split())
+    "Keep texts of so many words with a letter; blanks, tabs and line ends divide them"
+    def words(t:str) -> int:
+        return sum(any(map(str.isalpha, w)) for w in re.split(r'[ \t\n]', t))
     return _range('words', words, min_num, max_num)
 
 def alphanumeric_filter(min_ratio:float=.25, max_ratio:float=1.) -> Step:
