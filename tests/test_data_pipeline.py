@@ -14,8 +14,8 @@ from llmnotes.corpus import read_jsonl
 from llmnotes.data.extract import Page, write_warc
 from llmnotes.data.pipeline import STEPS, datatrove_step, read_recipe, run_recipe
 
-STREAM = ['whitespace_normalization_mapper', 'fix_unicode_mapper', {'words_num_filter': {'min_num': 4}},
-          {'alphanumeric_filter': {'min_ratio': .3}}, 'split_mapper']
+STREAM = ['whitespace_normalization_mapper', 'fix_unicode_mapper', {'alphanumeric_filter': {'min_ratio': .3}},
+          {'words_num_filter': {'min_num': 4}}, 'split_mapper']
 RECIPE = [*STREAM, 'document_deduplicator', {'document_minhash_deduplicator': {'jaccard_threshold': .7}},
           {'quality_rules_filter': {'rules': [{'signal': 'rps_doc_word_count', 'high': 70}]}},
           {'character_repetition_filter': {'max_ratio': .4}}]
@@ -57,8 +57,9 @@ def counts(report: dict) -> list:
 
 @pytest.mark.parametrize('n, workers, packed', [(4, 1, False), (1, 4, False), (4, 2, True), (4, 4, False)])
 def test_shards_and_workers_change_nothing(tmp_path: Path, n: int, workers: int, packed: bool) -> None:
-    want = run_recipe(RECIPE, shards(tmp_path/'one', rows(), 1), tmp_path/'want')
-    report = run_recipe(RECIPE, shards(tmp_path/'in', rows(), n, packed), tmp_path/'out', workers=workers)
+    recipe = RECIPE if workers < 4 else RECIPE[:6]           # starting processes takes the time
+    want = run_recipe(recipe, shards(tmp_path/'one', rows(), 1), tmp_path/'want')
+    report = run_recipe(recipe, shards(tmp_path/'in', rows(), n, packed), tmp_path/'out', workers=workers)
     assert whole(report) == whole(want)
     assert counts(report) == counts(want)
     assert all(t['dropped'] for t in report['steps'] if 'mapper' not in t['step'] and t['step'] != 'read')
@@ -98,7 +99,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         else: break
         assert whole(report) == whole(want) and counts(report) == counts(want)
         failed += 1
-    assert failed >= dict(_whole=8, _save=10, _count=10, _compare=4, deduplicate_files=1)[where]
+    assert failed >= dict(_whole=8, _save=8, _count=10, _compare=4, deduplicate_files=1)[where]
 
 
 def test_finished_shards_are_not_made_again_and_damaged_ones_are(
@@ -156,6 +157,9 @@ def test_bad_lines(tmp_path: Path) -> None:
     found = list(pipeline._rows(path, 10_000))
     assert [why for _, why in found] == [None, *filter(None, bad.values()), None]
     assert found[0][0] == found[-1][0] == dict(text='fine\u2028line')
+    for size, whys in [(30, [None] * 2), (29, ['line too long'] * 2)]: # to the byte, at the end of the file too
+        path.write_bytes(b'\n'.join([b'{"text": "%s"}' % (b'x' * 18)] * 2))
+        assert [why for _, why in pipeline._rows(path, size)] == whys
     path.write_bytes(b'{"text": "half')
     with pytest.raises(ValueError, match="no document could be read: {'no JSON': 1}"):
         run_recipe(STREAM, [path], tmp_path/'out')
@@ -175,13 +179,19 @@ def test_a_line_of_100_mb_is_not_held(tmp_path: Path) -> None:
     assert list(report['steps'][0]['dropped']) == ['line too long']
 
 
+def test_batches_are_bounded() -> None:
+    for length, sizes in [(1, [256, 44]), (2**21, [2] * 150), (2**22, [1] * 300)]:
+        found = pipeline._batches((dict(text=text), None) for text in ['x' * length] * 300)
+        assert [len(batch) for batch in found] == sizes
+
+
 def test_a_text_that_a_mapper_empties_is_not_lost(tmp_path: Path) -> None:
     path = tmp_path/'a.jsonl'
-    path.write_text('{"id": 1, "text": "\u200b"}\n{"id": 2, "text": "x"}\n{"id": 1, "text": "y"}\n{"text": "z"}\n')
+    path.write_text('{"id": 1, "text": "\u200b"}\n{"id": 2, "text": "x"}\n{"id": 1, "text": "y"}\n{"text": "z"}\n{"text": "z"}\n')
     report = run_recipe(['whitespace_normalization_mapper', {'document_deduplicator': {'column': 'id'}},
                          'split_mapper'], [path], tmp_path/'out')
-    assert [t['kept'] for t in report['steps']] == [4, 4, 3, 2]
-    assert report['steps'][3]['dropped']['no id']['documents'] == 1
+    assert [t['kept'] for t in report['steps']] == [5, 5, 4, 2]
+    assert report['steps'][3]['dropped']['no id']['documents'] == 2
     assert [json.loads(line)['text'] for line in whole(report).splitlines()] == [' ', 'x']
 
 

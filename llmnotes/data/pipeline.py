@@ -245,7 +245,7 @@ def _stream(job:tuple[Path, Path, list, int]) -> list[dict[str, Any]]: # tallies
     first['seconds'] = time.perf_counter() - start - sum(t['seconds'] for t in tallies)
     return _save(target, tallies)
 
-# %% ../../nbs/27_data_pipeline.ipynb #ab84d1c9
+# %% ../../nbs/27_data_pipeline.ipynb #13a73bf6
 def document_deduplicator(column:str='text', normalised:bool=False) -> Callable:
     "Keep the first of all documents that are equal in a column, but for white space"
     def run(paths:Sequence[Path], out:Path, workers:int) -> None:
@@ -267,7 +267,8 @@ def document_minhash_deduplicator(jaccard_threshold:float=.8, window_size:int=5,
     "Drop exact and near copies: `deduplicate_files` of 21_exact_and_fuzzy_dedup"
     def run(paths:Sequence[Path], out:Path, workers:int) -> None:
         deduplicate_files(paths, out, threshold=jaccard_threshold, ngram=window_size,
-                          keep=keep, n_perm=num_permutations, seed=seed, workers=workers)
+                          keep=keep, n_perm=num_permutations, seed=seed,
+                          workers=min(workers, len(paths)))
     return run
 
 GLOBAL_STEPS:dict[str, Callable[..., Callable]] = {
@@ -356,7 +357,7 @@ def _begin(out:Path, about:list) -> None: # or refuse
         if a != b:
             raise ValueError(f'{out} was begun with {a}, not {b}; take another folder')
 
-# %% ../../nbs/27_data_pipeline.ipynb #2375749f
+# %% ../../nbs/27_data_pipeline.ipynb #c34d7663
 def run_recipe(
     recipe:str|os.PathLike|Sequence, # As in `read_recipe`
     inputs:Iterable[str|os.PathLike], # .jsonl, .jsonl.gz, .warc.gz; in this order
@@ -381,7 +382,7 @@ def run_recipe(
         else:
             todo = [(name, STEPS[name], settings) for name, settings in stage]
             jobs = [(p, folder/n, todo, 0 if k else max_line) for n, p in zip(names, paths)]
-            with _workers(workers) as each:
+            with _workers(min(workers, len(jobs))) as each:
                 done = list(tqdm(each(_stream, jobs), folder.name, len(jobs),
                                  disable=len(jobs) < 2))
         tallies = [reduce(_add, same) for same in zip(*done)]
