@@ -73,7 +73,22 @@ def test_shards_and_workers_change_nothing(tmp_path: Path, n: int, workers: int,
 def test_rows_come_out_as_they_went_in(tmp_path: Path) -> None:
     "No step, no change: columns, nulls, surrogates outside of the text, order"
     paths = shards(tmp_path/'in', rows(), 3)
-    assert whole(run_recipe([], paths, tmp_path/'out')) == b''.join(p.read_bytes() for p in paths)
+    for k, recipe in enumerate([[], [{'words_num_filter': {'min_num': 0}}], ['fix_unicode_mapper']]):
+        report = run_recipe(recipe, paths, tmp_path/f'out-{k}')
+        assert whole(report) == b''.join(p.read_bytes() for p in paths)
+
+
+def test_no_reader_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, seen = shards(tmp_path/'in', rows(20), 2), []
+
+    def look() -> Callable:
+        def names(batch: dict) -> dict:
+            seen.append(sorted(p.name for p in (tmp_path/'out/stage-0').glob('*.jsonl')))
+            return {}
+        return names
+    monkeypatch.setitem(STEPS, 'look', look)
+    run_recipe(['look'], paths, tmp_path/'out')
+    assert seen == [[], ['0.jsonl']]
 
 
 @pytest.mark.parametrize('where', ['_whole', '_save', '_count', '_compare', 'deduplicate_files'])
