@@ -8,10 +8,11 @@ __all__ = ['renyi_efficiency', 'token_statistics', 'parity_premium', 'embedding_
            'make_pattern', 'control_tokens', 'take_reserved', 'FimTokens', 'fim_join', 'fim_transform', 'fim_inverse',
            'temperature_sampling', 'Allocation', 'unimax']
 
-# %% ../../nbs/12_tokenizer_design.ipynb #fe1801ca
+# %% ../../nbs/12_tokenizer_design.ipynb #56373640
 import math
 import random
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -160,7 +161,7 @@ def character_merges(
         for k in range(1, len(raw)): merges[raw[:k], raw[k:k+1]] = None
     return list(merges)
 
-# %% ../../nbs/12_tokenizer_design.ipynb #efb715fe
+# %% ../../nbs/12_tokenizer_design.ipynb #b6f37956
 def train_with_merges(
     texts:Iterable[str], # Read once, one at a time
     vocab_size:int, # Special tokens, bytes, the given merges and the learnt ones together
@@ -177,7 +178,7 @@ def train_with_merges(
     if vocab_size < first:
         raise ValueError(f'vocab_size {vocab_size} is below {first}: {len(names)} special '
                          f'tokens, 256 bytes and {len(vocab) - 256} from given merges')
-    begin = BPETokenizer(vocab, head, pattern=r'(?s:.+)')       # a whole word at a time
+    begin = BPETokenizer(vocab, head, pattern=r'[\s\S]+')       # a whole word at a time
     words = {tuple(begin.encode(w)): n for w, n in count_words(texts, pattern).items()}
     merges, token = list(head), {i: t for t, i in vocab.items()}
     for k, (a, b) in enumerate(learn_merges(words, vocab_size - first, first), first):
@@ -294,7 +295,7 @@ def fim_inverse(
     at, to = ids.index(s), ids.index(m)
     return ids[1:at] + ids[to + 1:] + ids[at + 1:to]
 
-# %% ../../nbs/12_tokenizer_design.ipynb #f9c0d263
+# %% ../../nbs/12_tokenizer_design.ipynb #f72b6789
 def _sizes(sizes:Sequence[float]) -> np.ndarray: # positive and finite, or one sentence
     n = np.asarray(sizes, dtype=float)
     if n.ndim != 1 or not n.size: raise ValueError('sizes holds no languages')
@@ -309,7 +310,7 @@ def temperature_sampling(
     "Shares proportional to `size ** alpha`"
     n = _sizes(sizes)
     if not 0 <= alpha < math.inf: raise ValueError(f'alpha {alpha} is not in [0, inf)')
-    p = np.exp(alpha * np.log(n / n.max()))                     # no overflow
+    p = np.exp(alpha * (np.log(n) - np.log(n.max())))           # no overflow
     return (p / p.sum()).tolist()
 
 # %% ../../nbs/12_tokenizer_design.ipynb #348762a7
