@@ -250,8 +250,9 @@ def new_command(args:argparse.Namespace) -> int: # Exit code
     print(f'{path} -> llmnotes.{module}; add it to the sidebar in _quarto.yml')
     return 0
 
-# %% ../nbs/05_command_line.ipynb #f21375dc
-NOISE = re.compile(r'%\||IPKernelApp|IProgress not found|TqdmWarning|ipywidgets|autonotebook')
+# %% ../nbs/05_command_line.ipynb #ede41e02
+NOISE = re.compile(r'%\||IPKernelApp|IProgress not found|TqdmWarning|ipywidgets|autonotebook'
+                   r'|Failed to load CPU gemm')
 
 def clean_output(
     output:dict[str, Any], # As nbformat stores it

@@ -262,7 +262,9 @@ def test_every_stage_does_what_it_should(real):
         assert report['chance'] < r['accuracy_easy'] < 1 and r['tokens_per_s'] > 0
     pair = {(p['a'], p['b']): p for p in report['pairs']}
     tuned = pair['instruction-model', 'base-model']
-    assert tuned['accuracy'] > 1.96 * tuned['accuracy_se'], 'tuning must beat the base'
+    gain, error = tuned['answer_bits_per_byte'], tuned['answer_bits_per_byte_se']
+    assert gain < -1.96 * error, 'tuning must beat the base on held-out answers'
+    assert tuned['accuracy'] > -1.96 * tuned['accuracy_se'], 'and must not lose questions'
     for small, whole in (('int8-model', 'aligned-model'), ('nf4-model', 'instruction-model')):
         p = pair[small, whole]
         assert p['bits_per_byte'] + 1.96 * p['bits_per_byte_se'] < .02, f'{small} costs too much'
