@@ -253,3 +253,29 @@ def test_real_documents_are_cut_alike(shared) -> None:
     cuts = cut_points(hist, {'file': int(hist['file'].sum()) // 3})
     got = sum(n * size(d) for d, n in trim_documents(reversed(docs), cuts, seed=5))
     assert got == cuts['file'].tokens
+
+
+def test_doge_code_form_scales_by_the_clipped_lengths() -> None:
+    g = np.array([[100., 0], [0, .5]])
+    got = doge_update(start_mixture(2), g, .1, mu=.1, form='code', clip=1.).weights
+    push = np.array([1, .25]) / (.75 + 1e-6)                       # clipped lengths 1 and 0.5
+    assert np.allclose(got, np.exp(push) / np.exp(push).sum(), rtol=0, atol=1e-12)
+
+
+def test_a_domain_that_is_just_filled_is_not_held_back() -> None:
+    plan = sample_plan({'a': .5, 'b': .5}, {'a': 10, 'b': 30}, 20, 1)
+    assert (plan.tokens, plan.capped) == ({'a': 10, 'b': 10}, ())
+
+
+def test_a_plan_that_fits_exactly_is_filled_exactly() -> None:
+    hist = {'a': np.array([3, 0, 4, 0, 5])}
+    assert cut_points(hist, {'a': 7})['a'][1:] == (4, 5, 7, 0)     # below, buckets, tokens, short
+    assert cut_points(hist, {'a': 6})['a'][1:] == (2, 5, 3, 3)
+    assert cut_points(hist, {'a': 24})['a'][:1] + cut_points(hist, {'a': 24})['a'][3:] == (2, 24, 0)
+
+
+def test_the_hash_is_the_same_on_every_machine() -> None:
+    docs = [Document(f'doc-{k}', 'x' * 10, 'a', '', '') for k in range(40)]
+    cuts = cut_points(token_histogram(docs, size, seed=42), {'a': 60})
+    assert [d.id for d, _ in trim_documents(docs, cuts, seed=42)] == \
+        ['doc-8', 'doc-11', 'doc-22', 'doc-25', 'doc-30', 'doc-36']
