@@ -66,8 +66,8 @@ def peers(texts: list[str]) -> dict[str, Callable[[], object]]:
         daft = importlib.import_module('daft')
         def minhash() -> object:
             frame = daft.from_pydict({'text': texts})
-            return frame.select(frame['text'].normalize(remove_punct=True, lowercase=True, nfd_unicode=True,
-                                                        white_space=True).minhash(num_hashes=128, ngram_size=5)).collect()
+            clean = frame['text'].normalize(remove_punct=True, lowercase=True, nfd_unicode=True, white_space=True)
+            return frame.select(clean.minhash(num_hashes=128, ngram_size=5)).collect()
         jobs['daft'] = minhash
     return jobs
 
