@@ -60,14 +60,21 @@ def test_a_mapping_says_the_same_as_a_tokenizer(toks:tuple) -> None:
     assert token_sources(old, new) == token_sources(*toks)
 
 
-def test_merges_rank_where_ids_do_not(toks:tuple) -> None:
-    "Ids in any order: the merges decide, and the pieces are the same"
-    old, new = toks
-    order = np.random.default_rng(1).permutation(285).tolist()
-    mixed = BPETokenizer({t: order[i] for t, i in old.vocab.items()}, old.merges,
-                         special_tokens={t: order[i] for t, i in old.special_tokens.items()})
-    want = [[order[i] for i in s] for s in token_sources(old, new)]
-    assert token_sources(mixed, new) == want
+def test_merges_rank_where_ids_do_not() -> None:
+    "The merge that was learnt first is applied first, whatever its id"
+    single = {bytes([b]): b for b in range(256)}
+    old = BPETokenizer(single | {b'bc': 256, b'ab': 257}, [(b'a', b'b'), (b'b', b'c')])
+    assert token_sources(old, {b'abc': 0}) == [old.encode('abc')] == [[257, ord('c')]]
+    assert token_sources(old.vocab, {b'abc': 0}) == [[ord('a'), 256]]      # ids rank there
+
+
+def test_pieces_at_the_edge() -> None:
+    "Ties go to the left, a piece counts as often as it comes, a missing one spoils the token"
+    rows = np.array([[0.], [6.], [12.]])
+    old = {b'a': 0, b'b': 1, b'aa': 2}
+    sources = token_sources(old, {b'aaa': 0, b'bba': 1, b'bx': 2, b'': 3})
+    assert sources == [[2, 0], [1, 1, 0], [], []]
+    assert fill_rows(rows, sources[:2]).tolist() == [[6.], [4.]]
 
 
 def test_permuted_ids_permute_rows(toks:tuple) -> None:
@@ -84,6 +91,7 @@ def test_permuted_ids_permute_rows(toks:tuple) -> None:
 def test_special_tokens_go_by_name_and_are_never_spelled(toks:tuple) -> None:
     old, new = {b'a': 0, b'b': 1, b'ab': 2, '<x>': 3}, {'ab': 0, b'<x>': 1, '<x>': 2, '<y>': 3}
     assert token_sources(old, new) == [[], [], [3], []]
+    assert token_sources({b'a': 0, 'x': 1}, {'xx': 0, 'x': 1}) == [[], [1]]
 
 
 def test_holes_and_padding_are_drawn() -> None:
