@@ -119,7 +119,8 @@ def encoding(megabytes: float, repeats: int) -> tuple[str, dict]:
         data[kind] = {n: spread(t) for n, t in took.items()}
         own = data[kind]['llmnotes']['median']
         rows += [[kind, n, f"{size / s['median']:.1f}", f"{s['median'] / own:.2f}"] for n, s in data[kind].items()]
-    return markdown([f'encoding, {size:.1f} MB in {len(held):,} texts', '', 'MB per CPU second', 'times ours'], rows), data
+    head = [f'encoding, {size:.1f} MB in {len(held):,} texts', '', 'MB per CPU second', 'times ours']
+    return markdown(head, rows), data
 
 
 def save(tok: BPETokenizer) -> str:
