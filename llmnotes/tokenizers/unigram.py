@@ -90,7 +90,7 @@ def _trace(text:str, ways:list, way:tuple[float, int, int]) -> list[str]:
         end, way = way[1], ways[way[1]][way[2]]
     return pieces[::-1]
 
-# %% ../../nbs/11_unigram.ipynb #ed9b3f54
+# %% ../../nbs/11_unigram.ipynb #cbe26ded
 def forward(
     text:str,
     trie:dict[str, Any], # From `make_trie`
@@ -101,7 +101,8 @@ def forward(
     sums, into = [0.], [[] for _ in range(len(text) + 1)]
     for at in range(len(text)):
         for end, score in _edges(text, at, trie, unk):
-            if sums[at] + score > -math.inf: into[end].append((at, sums[at] + alpha * score))
+            if sums[at] + score > -math.inf:
+                into[end].append((at, sums[at] + alpha * score))
         terms = [term for _, term in into[at + 1]]
         top = max(terms, default=-math.inf)
         sums.append(top + math.log(sum(math.exp(t - top) for t in terms)) if terms else top)
@@ -126,7 +127,7 @@ def sample(
         end = start
     return pieces[::-1]
 
-# %% ../../nbs/11_unigram.ipynb #ea52c4ef
+# %% ../../nbs/11_unigram.ipynb #29c6acc3
 class Lattices:
     "The segmentations of many words, as edges between places"
     def __init__(self,
@@ -165,7 +166,7 @@ class Lattices:
         a, b, piece = ordered
         score, sums = log_p[piece], np.full(len(self.word), -np.inf)
         sums[roots] = 0
-        nodes = np.flatnonzero(np.diff(b, prepend=-1))           # first edge into each place
+        nodes = np.flatnonzero(np.diff(b, prepend=-1))         # first edge into each place
         layers = np.flatnonzero(np.diff(self.offset[b], prepend=-1, append=-1))
         at = np.searchsorted(nodes, layers)
         for lo, hi, m, n in zip(layers, layers[1:], at, at[1:]):
@@ -269,16 +270,15 @@ def make_pipeline(
     made.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     return made
 
-# %% ../../nbs/11_unigram.ipynb #19cf6914
-class UnigramTokenizer:
-    "Unigram language model: any text to ids and back, in one way or in many"
+# %% ../../nbs/11_unigram.ipynb #950c3f4c
+class _Pieces: # a pipeline whose model is Unigram, taken apart
     def __init__(self,
-        pipeline:Tokenizer, # From `make_pipeline`, or any whose model is Unigram
+        pipeline:Tokenizer, # From `make_pipeline`, or any other with such a model
     ):
         about = json.loads(pipeline.to_str())
         model = about['model']
         if model['type'] != 'Unigram':
-            raise ValueError(f"the model is {model['type']}; UnigramTokenizer needs Unigram")
+            raise ValueError(f"the model is {model['type']}, and should be Unigram")
         self.pipeline, self.unk_id = pipeline, model['unk_id']
         self.pieces = [(piece, score) for piece, score in model['vocab']]
         self.special_tokens = {t['content']: t['id'] for t in about['added_tokens']}
@@ -312,6 +312,16 @@ class UnigramTokenizer:
             elif ids[-1:] != [self.unk_id]: ids.append(self.unk_id)   # a run is one
         return ids
 
+    def _check(self, ids:Iterable[int]) -> list[int]:
+        ids = list(ids)
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        if wrong: raise ValueError(f'id {wrong[0]} is outside the vocabulary of '
+                                   f'{self.vocab_size}')
+        return ids
+
+# %% ../../nbs/11_unigram.ipynb #e9ad991e
+class UnigramTokenizer(_Pieces):
+    "Unigram language model: any text to ids and back, in one way or in many"
     def encode(self,
         text:str, # Without lone surrogates; names of special tokens are text
     ) -> list[int]: # Ids
@@ -343,16 +353,8 @@ class UnigramTokenizer:
         rng:random.Random,
     ) -> list[int]: # Ids
         "Draw a segmentation with probability proportional to exp(alpha * score)"
-        words = self._words(text)
-        return [i for word in words for i in self._to_ids(
-            sample(word, self._trie, alpha, rng, self.unk_score))]
-
-    def _check(self, ids:Iterable[int]) -> list[int]:
-        ids = list(ids)
-        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
-        if wrong: raise ValueError(f'id {wrong[0]} is outside the vocabulary of '
-                                   f'{self.vocab_size}')
-        return ids
+        cut = lambda word: sample(word, self._trie, alpha, rng, self.unk_score)
+        return [i for word in self._words(text) for i in self._to_ids(cut(word))]
 
     def log_prob(self,
         ids:Iterable[int], # Unknown and bytes cost `unk_score` each, special tokens nothing
@@ -376,16 +378,16 @@ class UnigramTokenizer:
         "Write tokenizer.json, and into a folder tokenizer_config.json as well"
         path, whole = Path(path), self.pipeline.to_str(pretty=True)
         if path.suffix == '.json': return write_atomic(path, whole)
-        config = dict(tokenizer_class='PreTrainedTokenizerFast',
-                      clean_up_tokenization_spaces=False, unk_token=self.pieces[self.unk_id][0])
-        roles = dict(bos_token='<s>', eos_token='</s>', pad_token='<pad>')
-        config |= {role: name for role, name in roles.items() if name in self.special_tokens}
+        roles = dict(bos_token='<s>', eos_token='</s>', pad_token='<pad>',
+                     unk_token=self.pieces[self.unk_id][0])
+        roles = {role: name for role, name in roles.items() if name in self.special_tokens}
+        config = dict(tokenizer_class='PreTrainedTokenizerFast', **roles)
         write_atomic(path/'tokenizer_config.json', json.dumps(config, indent=1))
         return write_atomic(path/'tokenizer.json', whole)
 
     @classmethod
     def from_file(cls,
-        path:str|os.PathLike, # tokenizer.json with a Unigram model, or the folder that holds it
+        path:str|os.PathLike, # A tokenizer.json, or the folder that holds it
     ) -> 'UnigramTokenizer':
         "Read a tokenizer.json"
         path = Path(path)
@@ -402,7 +404,7 @@ class UnigramTokenizer:
         "Read a SentencePiece model: pieces, scores and the map of its normaliser"
         return cls(_read_sentencepiece(Path(path)))
 
-# %% ../../nbs/11_unigram.ipynb #7d0253a8
+# %% ../../nbs/11_unigram.ipynb #7b19e4be
 def _no_surrogates(text:str) -> str:
     try: text.encode()
     except UnicodeEncodeError as e:
@@ -432,7 +434,8 @@ def train_unigram(
 ) -> UnigramTokenizer:
     "Learn a Unigram tokenizer"
     if isinstance(texts, str): raise ValueError('texts is one string; pass a list of them')
-    if not 0 < coverage <= 1: raise ValueError(f'coverage must lie in (0, 1], got {coverage}')
+    if not 0 < coverage <= 1:
+        raise ValueError(f'coverage must lie in (0, 1], got {coverage}')
     counts = count_words(' ' + _no_surrogates(text) for text in texts if text)
     words = _without_rare({w.replace(' ', '▁'): n for w, n in counts.items()}, coverage)
     if not words: raise ValueError('texts hold no characters')
@@ -453,7 +456,7 @@ def train_unigram(
         [*((name, 0.) for name in head), *((piece, s - shift) for piece, s in pieces)],
         special_tokens, byte_fallback=byte_fallback))
 
-# %% ../../nbs/11_unigram.ipynb #d67d589e
+# %% ../../nbs/11_unigram.ipynb #ec91e187
 def _varint(data:bytes, at:int) -> tuple[int, int]: # seven bits a byte, the lowest first
     value = shift = 0
     while True:
@@ -487,10 +490,12 @@ def _read_sentencepiece(path:Path) -> Tokenizer:
     odd += ['whitespace as a suffix'] if train.get(24) else []
     odd += ['spaces as they are'] if not norm.get(5, 1) else []
     odd += ['user defined or unused pieces'] if {4, 5} & {*kinds} else []
-    if odd: raise ValueError(f'{path} needs {", ".join(odd)}: UnigramTokenizer cannot do that')
+    if odd:
+        raise ValueError(f'{path} needs {", ".join(odd)}: UnigramTokenizer cannot')
     special = [pieces[i][0] for i in (unk, *(i for i, k in enumerate(kinds) if k == 3))]
-    return make_pipeline(pieces, special, byte_fallback=6 in kinds, charsmap=norm.get(2, b''),
-                         collapse=bool(norm.get(4, 1)), prefix=bool(norm.get(3, 1)))
+    return make_pipeline(
+        pieces, special, byte_fallback=6 in kinds, charsmap=norm.get(2, b''),
+        collapse=bool(norm.get(4, 1)), prefix=bool(norm.get(3, 1)))
 
 # %% ../../nbs/11_unigram.ipynb #55e6bfd6
 def _merge_some(ids:list[int], ranks:dict, p:float, rng:random.Random) -> list[int]:
@@ -528,12 +533,12 @@ def bpe_dropout(
             [single[b] for b in word.encode()], ranks, p, rng)]
     return encode
 
-# %% ../../nbs/11_unigram.ipynb #74bc9500
+# %% ../../nbs/11_unigram.ipynb #63c40624
 class _Pairs: # neighbours in words, their counts and those of their halves
     def __init__(self, rows:list[list[int]], times:list[int], vocab_size:int):
         self.rows, self.times, self.freq = rows, times, np.zeros(vocab_size)
-        self.index, self.where = {}, []                          # pair -> its number; its rows
-        self.table = np.zeros((3, 1024), int)                    # halves and count of pairs
+        self.index, self.where = {}, []                      # pair -> its number; its rows
+        self.table = np.zeros((3, 1024), int)                # halves and count of pairs
         for r in range(len(rows)): self.count(r, 1)
 
     def count(self, r:int, sign:int) -> None:
@@ -584,7 +589,7 @@ def train_wordpiece(
         if value[k] == -np.inf: break
         name = names[a[k]] + names[b[k]].removeprefix('##')
         pairs.merge(k, number.setdefault(name, len(names)))
-        if len(number) > len(names): names.append(name)          # else made before, otherwise
+        if len(number) > len(names): names.append(name)      # not made before
     return names
 
 def wordpiece(
