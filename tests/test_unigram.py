@@ -9,8 +9,8 @@ import pytest
 
 from llmnotes.tokenizers.bpe import train_bpe
 from llmnotes.tokenizers.unigram import (UnigramTokenizer, bpe_dropout, fit_pieces, make_trie,
-                                         nbest, sample, train_unigram, train_wordpiece, viterbi,
-                                         wordpiece)
+                                         nbest, sample, seed_pieces, train_unigram,
+                                         train_wordpiece, viterbi, wordpiece)
 
 spm = pytest.importorskip('sentencepiece')
 BOOK = ['It was a bright cold day, and the clocks were striking thirteen.',
@@ -104,6 +104,12 @@ def test_unknown_without_bytes() -> None:
     assert tok.log_prob([tok.unk_id]) == tok.unk_score < min(s for _, s in tok.pieces)
 
 
+def test_space_is_at_the_beginning_of_a_piece_only() -> None:
+    found = seed_pieces({'▁▁▁ab▁▁ab': 5, '▁ab': 2}, 99)
+    assert found['▁'] == 27 and found['▁ab'] == 12 and found['ab'] == 12
+    assert not [p for p in found if '▁' in p[1:]]
+
+
 def test_long_strings_take_linear_time(small:UnigramTokenizer) -> None:
     "Eight times the text takes about eight times as long: quadratic would be 64"
     bpe = train_bpe(BOOK, 300)
@@ -123,6 +129,7 @@ def test_equal_scores_take_the_longer_last_piece() -> None:
     trie = make_trie({'a': -1., 'aa': -2., 'aaa': -3.})
     assert viterbi('aaaa', trie) == (-4., ['a', 'aaa'])
     assert viterbi('b', trie) == (-math.inf, ['b'])
+    assert viterbi('ab', make_trie({'ab': -9., 'b': -1.}), -2.) == (-3., ['a', 'b'])
     assert len(nbest('aaaa', trie, 99)) == 7 and nbest('', trie, 3) == [(0., [])]
     assert sample('', trie, 1., random.Random(1)) == []
 

@@ -270,7 +270,7 @@ def make_pipeline(
     made.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     return made
 
-# %% ../../nbs/11_unigram.ipynb #950c3f4c
+# %% ../../nbs/11_unigram.ipynb #fd145455
 class _Pieces: # a pipeline whose model is Unigram, taken apart
     def __init__(self,
         pipeline:Tokenizer, # From `make_pipeline`, or any other with such a model
@@ -279,6 +279,7 @@ class _Pieces: # a pipeline whose model is Unigram, taken apart
         model = about['model']
         if model['type'] != 'Unigram':
             raise ValueError(f"the model is {model['type']}, and should be Unigram")
+        if model['unk_id'] is None: raise ValueError('the model has no unknown token')
         self.pipeline, self.unk_id = pipeline, model['unk_id']
         self.pieces = [(piece, score) for piece, score in model['vocab']]
         self.special_tokens = {t['content']: t['id'] for t in about['added_tokens']}
@@ -319,7 +320,7 @@ class _Pieces: # a pipeline whose model is Unigram, taken apart
                                    f'{self.vocab_size}')
         return ids
 
-# %% ../../nbs/11_unigram.ipynb #e9ad991e
+# %% ../../nbs/11_unigram.ipynb #d63c63c8
 class UnigramTokenizer(_Pieces):
     "Unigram language model: any text to ids and back, in one way or in many"
     def encode(self,
@@ -365,12 +366,13 @@ class UnigramTokenizer(_Pieces):
         return math.fsum(self.unk_score if i in dear else self.pieces[i][1]
                          for i in self._check(ids) if i not in free)
 
-    def decode(self, ids:Iterable[int]) -> str: # Special tokens say nothing, the unknown ⁇
+    def decode(self, ids:Iterable[int]) -> str: # Special tokens say nothing
         "The text that the ids stand for"
         hidden = {*self.special_tokens.values()} - {self.unk_id}
         shown = [' ⁇ ' if i == self.unk_id else self.pieces[i][0]
                  for i in self._check(ids) if i not in hidden]
-        return self.pipeline.decoder.decode(shown) if shown else ''
+        decoder = self.pipeline.decoder
+        return decoder.decode(shown) if decoder and shown else ''.join(shown)
 
     def save(self,
         path:str|os.PathLike, # A `.json` file, or a folder that `AutoTokenizer` can load
@@ -404,7 +406,7 @@ class UnigramTokenizer(_Pieces):
         "Read a SentencePiece model: pieces, scores and the map of its normaliser"
         return cls(_read_sentencepiece(Path(path)))
 
-# %% ../../nbs/11_unigram.ipynb #7b19e4be
+# %% ../../nbs/11_unigram.ipynb #6636cb16
 def _no_surrogates(text:str) -> str:
     try: text.encode()
     except UnicodeEncodeError as e:
@@ -434,6 +436,9 @@ def train_unigram(
 ) -> UnigramTokenizer:
     "Learn a Unigram tokenizer"
     if isinstance(texts, str): raise ValueError('texts is one string; pass a list of them')
+    if not special_tokens or len({*special_tokens}) < len(special_tokens):
+        raise ValueError('special_tokens must begin with the unknown and name each once, got '
+                         f'{[*special_tokens]}')
     if not 0 < coverage <= 1:
         raise ValueError(f'coverage must lie in (0, 1], got {coverage}')
     counts = count_words(' ' + _no_surrogates(text) for text in texts if text)
