@@ -241,7 +241,7 @@ def fit_pieces(
     log_p = np.log(counts / counts.sum())
     yield dict(zip(pieces, log_p.tolist())), lattices.posteriors(log_p)[1]
 
-# %% ../../nbs/11_unigram.ipynb #70b4a000
+# %% ../../nbs/11_unigram.ipynb #1597c268
 _BYTES = [f'<0x{b:02X}>' for b in range(256)]
 
 def make_pipeline(
@@ -259,7 +259,8 @@ def make_pipeline(
                            [(r'\A +| +\z', ''), (' {2,}', ' ')]]
     steps += [normalizers.Prepend('▁')] if prefix else []
     names = [piece for piece, _ in pieces]
-    model = models.Unigram([*pieces], names.index(special[0]), byte_fallback)
+    rounded = [(piece, round(score, 12)) for piece, score in pieces] # JSON keeps 15 digits
+    model = models.Unigram(rounded, names.index(special[0]), byte_fallback)
     made = Tokenizer(model)
     made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(' ', '▁')])
     made.pre_tokenizer = pre_tokenizers.Metaspace(
