@@ -152,6 +152,17 @@ def test_a_text_without_a_space_takes_no_quadratic_time() -> None:
     assert len(tok.encode_to_numpy('a' * 50_000_000)) == 25_000_000
 
 
+def test_long_words_take_merges_in_order() -> None:
+    "Words beyond 64 bytes go through a heap: the same ids as in Python, and as the library's"
+    rng = random.Random(4)
+    tok = train_bpe([''.join(rng.choices('abcd', k=9)) for _ in range(3000)], 600)
+    fast, slow = (BPETokenizer(tok.vocab, tok.merges, compiled=c) for c in (True, False))
+    for n in (63, 64, 65, 66, 200, 5000):
+        for letters in ('abcd', 'ab', 'aaab', 'a'):
+            word = ''.join(rng.choices(letters, k=n))
+            assert fast.encode(word) == slow.encode(word)
+
+
 def test_training_on_a_text_without_a_space() -> None:
     long = ''.join(random.Random(3).choices('abcdefgh', k=2_000_000))
     start = time.process_time()

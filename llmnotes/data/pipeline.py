@@ -408,11 +408,11 @@ def report_table(
                      f"{t['bytes'] / 1e6:.3f} | {t['seconds']:.2f} | {why} |")
     return '\n'.join(lines)
 
-# %% ../../nbs/27_data_pipeline.ipynb #ea4d5c09
+# %% ../../nbs/27_data_pipeline.ipynb #8e4fda4d
 def datatrove_step(
     name:str, # One of `STEPS`
     **settings:Any,
-) -> 'PipelineStep': # For the pipeline of any executor of datatrove
+) -> Any: # A `PipelineStep`, for the pipeline of any executor of datatrove
     "A step in datatrove's form; columns other than `id` and `text` are its metadata"
     try:
         from datatrove.data import Document as Doc
