@@ -432,7 +432,7 @@ def _merge_short(ids, start, n, found, keys, ranks): # in place; how many are le
         if p > 0: found[p - 1] = _rank(ids[at - 1], ids[at], keys, ranks)
     return n
 
-# %% ../../nbs/14_compiled_bpe.ipynb #98be779d
+# %% ../../nbs/14_compiled_bpe.ipynb #d2956565
 @_plain
 def _list(p, a, b, keys, ranks, first, last, after, before, made): # under the rank of a, b
     x = _rank(a, b, keys, ranks)
@@ -455,7 +455,9 @@ def _merge_long(ids, n, n_ranks, keys, ranks): # in place; how many are left
             q = p + span[p]
             r = q + span[q]
             l = p - span[p - 1]
-            for place in (l, p, q): _unlink(place, first, last, after, before)
+            _unlink(p, first, last, after, before)
+            _unlink(q, first, last, after, before)
+            if token[p - 1] >= 0: _unlink(l, first, last, after, before)
             token[q] = -2
             token[p] = token[r - 1] = new
             span[p] = span[r - 1] = r - p
