@@ -187,7 +187,8 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
                                   lambda: train_bpe(['a\ud800'], 300, compiled=True)],
         'lone surrogate U+DC80': [lambda: tok.encode('\udc80')],
         'outside the vocabulary of 265': [lambda: tok.decode([265]), lambda: tok.decode([-1])],
-        'covers 2 of 3 characters': [lambda: train_bpe(['a b'], 300, pattern=r'\w+', compiled=c) for c in (False, True)],
+        'covers 2 of 3 characters': [lambda c=c: train_bpe(['a b'], 300, pattern=r'\w+', compiled=c)
+                                     for c in (False, True)],
         'is no regex': [lambda: train_bpe(['a b'], 300, pattern='(')],
         'not whole JSON': [lambda: BPETokenizer.from_file(tmp_path/'cut.json')],
         'is the file whole': [lambda n=n: BPETokenizer.from_tiktoken(tmp_path/n) for n in ('middle', 'rank', 'noise')],

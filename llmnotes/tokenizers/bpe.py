@@ -27,7 +27,7 @@ import regex
 
 from ..core import write_atomic
 
-# %% ../../nbs/10_bpe.ipynb #8b2bd3c3
+# %% ../../nbs/10_bpe.ipynb #66103a36
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 CL100K_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -35,8 +35,8 @@ CL100K_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _CAPITAL, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-O200K_PATTERN = ''.join(rf"[^\r\n\p{{L}}\p{{N}}]?{word}(?i:'s|'t|'re|'ve|'m|'ll|'d)?|" for word in
-                        (f'{_CAPITAL}*{_SMALL}+', f'{_CAPITAL}+{_SMALL}*'))
+O200K_PATTERN = ''.join(rf"[^\r\n\p{{L}}\p{{N}}]?{word}(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+                        for word in (f'{_CAPITAL}*{_SMALL}+', f'{_CAPITAL}+{_SMALL}*'))
 O200K_PATTERN += (r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 # Letters, numbers and marks that came after Unicode 16
@@ -254,7 +254,7 @@ def _table(
 
 def _name(token:bytes) -> str: return ''.join([BYTE_NAMES[b] for b in token])
 
-# %% ../../nbs/10_bpe.ipynb #45598769
+# %% ../../nbs/10_bpe.ipynb #a9a61a14
 class BPETokenizer:
     "Byte-level BPE: any text to ids and back"
     def __init__(self,
@@ -303,6 +303,7 @@ class BPETokenizer:
         return fast.to_list(data) if fast else self._encode_pure(text)
 
     def _allowed(self, names:Collection[str]|str) -> list[str]:
+        if not names: return []
         if names == 'all': return sorted(self.special_tokens, key=len, reverse=True)
         if isinstance(names, str): names = [names]
         unknown = sorted(set(names) - set(self.special_tokens))
@@ -346,7 +347,8 @@ class BPETokenizer:
         allowed_special:Collection[str]|str=(),
     ) -> list[list[int]]: # Ids of each text
         "`encode` for many texts"
-        if isinstance(texts, str): raise ValueError('texts is one string; pass a list of them')
+        if isinstance(texts, str):
+            raise ValueError('texts is one string; pass a list of them')
         texts, allowed = list(texts), self._allowed(allowed_special)
         if allowed: return [self.encode(text, allowed_special=allowed) for text in texts]
         data, fast = [utf8(text) for text in texts], self._fast(sum(map(len, texts)))
@@ -400,7 +402,7 @@ class BPETokenizer:
         "Write a rank file: a line for each token, its bytes in base64 and its id"
         made = [self.vocab[a + b] for a, b in self.merges]
         if any(a >= b for a, b in pairwise(made)):
-            raise ValueError('a rank file cannot say it: merges are not in the order of ids')
+            raise ValueError('a rank file cannot hold it: the merges are not in order of ids')
         ranked = sorted(self.vocab.items(), key=lambda item: item[1])
         lines = (f'{base64.b64encode(t).decode()} {i}\n' for t, i in ranked)
         return write_atomic(path, ''.join(lines))
@@ -487,7 +489,7 @@ def _pattern(data:dict[str, Any], path:str) -> str: # and refuse what this class
     if len(steps) == 1: return GPT2_PATTERN
     return steps[0]['pattern']['Regex']
 
-# %% ../../nbs/10_bpe.ipynb #20f8b358
+# %% ../../nbs/10_bpe.ipynb #7c45b54b
 def _read_ranks(path:str|os.PathLike) -> dict[bytes, int]:
     ranks, before = {}, -1
     for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
@@ -504,7 +506,9 @@ def _read_ranks(path:str|os.PathLike) -> dict[bytes, int]:
     if lacking: raise ValueError(f'{path} lacks {lacking} of 256 bytes')
     return ranks
 
-def _implied_merges(ranks:dict[bytes, int], path:str|os.PathLike) -> list[tuple[bytes, bytes]]:
+def _implied_merges(
+    ranks:dict[bytes, int], path:str|os.PathLike,
+) -> list[tuple[bytes, bytes]]:
     token_of, found, merges = {rank: t for t, rank in ranks.items()}, {}, []
     for token, rank in ranks.items():
         if len(token) == 1: continue
@@ -515,7 +519,7 @@ def _implied_merges(ranks:dict[bytes, int], path:str|os.PathLike) -> list[tuple[
         merges.append((token_of[parts[0]], token_of[parts[1]]))
     return merges
 
-# %% ../../nbs/10_bpe.ipynb #0fbae5c9
+# %% ../../nbs/10_bpe.ipynb #53e9799c
 def _learn(
     texts:Iterable[str], pattern:str, ids:dict[int, int], n_merges:int, first:int,
     compiled:bool|None,
@@ -531,8 +535,9 @@ def _learn(
         table = kernels.count_words(map(utf8, texts), pattern)
     else:
         counts = {utf8(word): n for word, n in count_words(texts, pattern).items()}
-        if not kernels: return learn_merges({tuple(map(ids.get, word)): n
-                                             for word, n in counts.items()}, n_merges, first)
+        if not kernels:
+            words = {tuple(map(ids.get, word)): n for word, n in counts.items()}
+            return learn_merges(words, n_merges, first)
         table = kernels.as_table(counts)
     return kernels.learn_merges(*table, [ids[b] for b in range(256)], n_merges, first)
 
