@@ -1,168 +1,187 @@
-"""Byte-level BPE beside its compiled peers: training, encoding, and the memory of a large training.
+"""Byte-level BPE: training beside rustbpe and tokenizers, encoding beside tiktoken and tokenizers.
 
-    python benchmarks/bpe.py [--repeats 3] [--quick] [--gigabytes 1]
+    python benchmarks/bpe.py [--repeats 5] [--quick] [--memory]
 
-Texts are Python source and documentation of what is installed. Ours and tokenizers run on one thread, rustbpe
-as it is, on all cores. Training is timed warm (second call in a process) and cold (a new process, with compiled
-code on disk); merges are compared with those of tokenizers. Encoding is timed on texts that the tokenizer was
-not trained on, and ids are compared.
+The corpus is Python's standard library and the installed packages, read by `llmnotes.corpus` and
+shuffled: 50 MB to train on, further documents to encode. All sides get the same texts in one
+process. Merges are compared with those of tokenizers, ids with those of tiktoken. `--memory` trains
+on a stream of 1 GB as well: the documents again and again, where in each round one word in twenty
+gets the number of the round, so that distinct words grow as they do in a corpus.
 """
 import argparse
 import importlib.util
 import json
+import random
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 
 import rustbpe
 import tiktoken
 import tokenizers
 from _table import alternate, markdown, spread, write
 
-from llmnotes.core import peak_memory
 from llmnotes.corpus import python_corpus
-from llmnotes.tokenizers.bpe import BYTE_NAMES, GPT2_PATTERN, BPETokenizer, train_bpe
+from llmnotes.tokenizers.bpe import GPT2_PATTERN, BPETokenizer, train_bpe
 
-PACKAGES = ['torch', 'transformers', 'scipy', 'sklearn', 'pandas', 'numpy', 'matplotlib', 'sympy', 'datasets', 'peft',
-            'trl', 'lm_eval', 'IPython', 'jupyterlab', 'accelerate', 'huggingface_hub', 'networkx', 'nltk', 'numba']
-
-
-def texts(megabytes: float) -> tuple[list[str], list[str]]:
-    "So much to train on, and a tenth as much beside it"
-    there = [p for p in PACKAGES if importlib.util.find_spec(p)]
-    train, held, size = [], [], 0
-    for k, document in enumerate(python_corpus(there, domains=['manual', 'docstring', 'code'])):
-        (held if k % 11 == 10 else train).append(document.text)
-        size += len(document.text.encode()) * (k % 11 != 10)
-        if size > megabytes * 1e6: break
-    return train, held
-
-
-def by_tokenizers(some: list[str], vocab_size: int) -> list[tuple[str, str]]:
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(GPT2_PATTERN), 'isolated'),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    made.train_from_iterator(some, tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    return [tuple(m) for m in json.loads(made.to_str())['model']['merges']]
-
-
-def by_rustbpe(some: list[str], vocab_size: int) -> object:
-    made = rustbpe.Tokenizer()
-    made.train_from_iterator(iter(some), vocab_size, pattern=GPT2_PATTERN)
-    return made
-
-
-def cold(megabytes: float, vocab_size: int, name: str) -> float:
-    "Seconds of a training in a process of its own, imports included, reading the texts not"
-    code = (f'import sys, time, json; sys.path.insert(0, "benchmarks"); import bpe\n'
-            f'some = json.load(sys.stdin); start = time.perf_counter()\n'
-            f'bpe.TRAINERS[{name!r}](some, {vocab_size}); print(time.perf_counter() - start)')
-    some = json.dumps(texts(megabytes)[0])
-    done = subprocess.run([sys.executable, '-c', code], input=some, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+VOCAB = 8192
+TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # its own spelling
+PACKAGES = ('torch', 'transformers', 'numpy', 'scipy', 'sklearn', 'pandas', 'matplotlib', 'sympy', 'datasets',
+            'huggingface_hub', 'networkx', 'numba')  # those that are installed
+COLD = """
+import json, sys, time
+from llmnotes.tokenizers.bpe import train_bpe
+texts = json.load(open(sys.argv[1]))
+start = time.perf_counter()
+train_bpe(texts, int(sys.argv[2]))
+print(time.perf_counter() - start)
+"""
+MEMORY = """
+import itertools, json, random, re, resource, sys, time
+from llmnotes.tokenizers.bpe import train_bpe
+texts, n_bytes = json.load(open(sys.argv[1])), int(sys.argv[3])
+def stream():
+    left, rng = n_bytes, random.Random(0)
+    for k in itertools.count():
+        for text in texts:
+            if k: text = re.sub('[a-z]{4,} ', lambda m: m[0] if rng.random() > .05 else f'{m[0][:-1]}{k}x ', text)
+            yield text
+            left -= len(text.encode())
+            if left <= 0: return
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before, start = peak(), time.process_time()
+tok = train_bpe(stream(), int(sys.argv[2]))
+print(json.dumps(dict(before_gib=before, peak_gib=peak(), cpu_s=time.process_time() - start, merges=len(tok.merges))))
+"""
 
 
-def by_us(some: list[str], vocab_size: int) -> BPETokenizer:
-    return train_bpe(some, vocab_size, compiled=True)
-
-
-TRAINERS: dict[str, Callable] = {'llmnotes': by_us, 'tokenizers': by_tokenizers, 'rustbpe': by_rustbpe}
-
-
-def training(megabytes: float, vocab_size: int, repeats: int) -> tuple[str, dict]:
-    some, _ = texts(megabytes)
-    size = sum(len(t.encode()) for t in some) / 1e6
-    ours, theirs = by_us(some, vocab_size), by_tokenizers(some, vocab_size)
-    shown = [tuple(''.join(BYTE_NAMES[b] for b in part) for part in m) for m in ours.merges]
-    if shown != theirs: raise SystemExit('merges differ from those of tokenizers')
-    jobs = {name: (lambda f=f: f(some, vocab_size)) for name, f in TRAINERS.items()}
-    warm = alternate(jobs, {'llmnotes': repeats, 'rustbpe': repeats, 'tokenizers': min(repeats, 2)})
-    first = {name: cold(megabytes, vocab_size, name) for name in ('llmnotes', 'tokenizers')}
-    own = spread(warm['llmnotes'])['median']
-    rows = [[name, f"{(s := spread(t))['median']:.2f}", f"{s['least']:.2f} to {s['most']:.2f}",
-             f"{size / s['median']:.1f}", f"{s['median'] / own:.2f}", f'{first[name]:.2f}' if name in first else '']
-            for name, t in warm.items()]
-    head = [f'training, {size:.0f} MB, {vocab_size:,} tokens', 'warm, wall (s)', 'range', 'MB/s', 'times ours',
-            'cold (s)']
-    return markdown(head, rows), dict(megabytes=size, merges_equal=len(theirs), cold_s=first,
-                                      warm_s={k: spread(t) for k, t in warm.items()})
-
-
-def encoding(megabytes: float, repeats: int) -> tuple[str, dict]:
-    some, held = texts(megabytes)
-    held = held[:max(1, len(held) * 5_000_000 // max(5_000_000, sum(map(len, held))))]
-    tok = train_bpe(some[::10], 8192)
-    tok = BPETokenizer(tok.vocab, tok.merges, compiled=True)
-    tik = tiktoken.Encoding('own', pat_str=tok.pattern, mergeable_ranks=tok.vocab, special_tokens={})
-    fast = tokenizers.Tokenizer.from_str(json.dumps(json.loads(save(tok))))
-    want = tik.encode_ordinary_batch(held, num_threads=1)
-    if tok.encode_batch(held) != want or [fast.encode(t).ids for t in held] != want:
-        raise SystemExit('ids differ')
-    size, whole = sum(len(t.encode()) for t in held) / 1e6, '\n'.join(held)
-    def each(f: Callable) -> Callable: return lambda: [f(t) for t in held]
-    def array(t: str) -> object: return tik.encode_to_numpy(t, disallowed_special=())
-    kinds = {
-        'each text to a list': {'llmnotes': each(tok.encode), 'tiktoken': each(tik.encode_ordinary),
-                                'tokenizers': each(fast.encode)},
-        'each text to an array': {'llmnotes': each(tok.encode_to_numpy), 'tiktoken': each(array)},
-        'all texts in one call': {'llmnotes': lambda: tok.encode_batch(held),
-                                  'tiktoken': lambda: tik.encode_ordinary_batch(held, num_threads=1)},
-        'one text of all, to an array': {'llmnotes': lambda: tok.encode_to_numpy(whole),
-                                         'tiktoken': lambda: array(whole)}}
-    rows, data = [], dict(megabytes=size, texts=len(held))
-    for kind, jobs in kinds.items():
-        took = alternate(jobs, {n: 2 if n == 'tokenizers' else 2 * repeats + 1 for n in jobs}, time.process_time)
-        data[kind] = {n: spread(t) for n, t in took.items()}
-        own = data[kind]['llmnotes']['median']
-        rows += [[kind, n, f"{size / s['median']:.1f}", f"{s['median'] / own:.2f}"] for n, s in data[kind].items()]
-    head = [f'encoding, {size:.1f} MB in {len(held):,} texts', '', 'MB per CPU second', 'times ours']
-    return markdown(head, rows), data
-
-
-def save(tok: BPETokenizer) -> str:
-    import tempfile
-    with tempfile.TemporaryDirectory() as tmp: return tok.save(f'{tmp}/tokenizer.json').read_text()
-
-
-def stream(gigabytes: float, some: list[str]) -> Iterator[str]:
-    "Texts over and over, with words that never came before, until they weigh so much"
-    size, k = 0, 0
-    for text in chain.from_iterable(some for _ in range(10**6)):
-        text = f'{text}\nname_{k:x} = value_{k * 7919:x}'
-        size, k = size + len(text), k + 1
-        if size > gigabytes * 1e9: return
+def corpus(n_bytes: int) -> Iterator[str]:
+    "Shuffled documents of this Python and its packages, all domains"
+    there = [name for name in PACKAGES if importlib.util.find_spec(name)]
+    docs = [doc.text for doc in python_corpus(there)]
+    random.Random(0).shuffle(docs)
+    for text in docs:
+        if n_bytes <= 0: return
+        n_bytes -= len(text.encode())
         yield text
+
+
+def weight(texts: list[str]) -> float:  # MB
+    return sum(len(text.encode()) for text in texts) / 1e6
+
+
+def train_hf(texts: list[str]) -> tokenizers.Tokenizer:
+    ref = tokenizers.Tokenizer(tokenizers.models.BPE())
+    ref.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ref.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return ref
+
+
+def train_rust(texts: list[str]) -> rustbpe.Tokenizer:
+    rust = rustbpe.Tokenizer()
+    rust.train_from_iterator(iter(texts), VOCAB, pattern=GPT2_PATTERN)
+    return rust
+
+
+def child(code: str, *args: str) -> str:
+    return subprocess.run([sys.executable, '-c', code, *args], check=True, capture_output=True, text=True).stdout
+
+
+def measure_training(texts: list[str], path: str, repeats: int) -> tuple[list[list[str]], dict, BPETokenizer]:
+    made, cold, mb = {}, [], weight(texts)
+    jobs = {'llmnotes, warm': lambda: made.update(ours=train_bpe(texts, VOCAB)),
+            'llmnotes, cold': lambda: cold.append(float(child(COLD, path, str(VOCAB)))),
+            'rustbpe': lambda: made.update(rust=train_rust(texts)),
+            'tokenizers': lambda: made.update(hf=train_hf(texts))}
+    alternate({name: jobs[name] for name in ('llmnotes, warm', 'llmnotes, cold')}, 1)
+    cold.clear()
+    wall = alternate(jobs, repeats)
+    wall['llmnotes, cold'] = cold                        # without reading the texts
+    cpu = alternate({name: job for name, job in jobs.items() if 'cold' not in name}, repeats, time.process_time)
+    vocab, tok = made['hf'].get_vocab(), made['ours']
+    theirs = [(vocab[a], vocab[b]) for a, b in json.loads(made['hf'].to_str())['model']['merges']]
+    if [(tok.vocab[a], tok.vocab[b]) for a, b in tok.merges] != theirs: raise SystemExit('merges differ')
+    rust = {bytes(t) for t, _ in made['rust'].get_mergeable_ranks()}
+    took = {name: spread(s) for name, s in wall.items()}
+    cpu = {name: spread(s)['median'] for name, s in cpu.items()}
+    best = took['llmnotes, warm']['median']
+    rows = [[name, f"{t['median']:.2f} s", f"{t['least']:.2f} to {t['most']:.2f}", f"{mb / t['median']:.1f}",
+             f'{cpu[name]:.2f} s' if name in cpu else '', f"{t['median'] / best:.2f}x"] for name, t in took.items()]
+    data = dict(wall=took, cpu=cpu, megabytes=mb, merges=len(theirs), merges_equal_tokenizers=True,
+                tokens_in_common_with_rustbpe=len(rust & set(tok.vocab)) / len(tok.vocab))
+    return rows, data, tok
+
+
+def measure_encoding(tok: BPETokenizer, texts: list[str], repeats: int) -> tuple[list[list[str]], dict]:
+    tik = tiktoken.Encoding('ours', pat_str=TIKTOKEN_GPT2, mergeable_ranks=tok.vocab, special_tokens={})
+    with tempfile.TemporaryDirectory() as folder:
+        fast = tokenizers.Tokenizer.from_file(str(tok.save(f'{folder}/tokenizer.json')))
+    short = [line for text in texts for line in text.splitlines()][:50_000]
+    sides = {'each text, array': (texts, lambda x: [tok.encode_to_numpy(t) for t in x],
+                                  lambda x: [tik.encode_to_numpy(t) for t in x], None),
+             'each text, list': (texts, lambda x: [tok.encode(t) for t in x],
+                                 lambda x: [tik.encode_ordinary(t) for t in x],
+                                 lambda x: [fast.encode(t).ids for t in x]),
+             'batch': (texts, tok.encode_batch, lambda x: tik.encode_ordinary_batch(x, num_threads=1), None),
+             'each line, list': (short, lambda x: [tok.encode(t) for t in x],
+                                 lambda x: [tik.encode_ordinary(t) for t in x], None)}
+    rows, data = [], {}
+    for way, (some, *fs) in sides.items():
+        jobs = {name: lambda f=f: f(some) for name, f in zip(('llmnotes', 'tiktoken', 'tokenizers'), fs) if f}
+        ids = {name: [list(map(int, t)) for t in job()] for name, job in jobs.items()}
+        if any(i != ids['llmnotes'] for i in ids.values()): raise SystemExit(f'ids differ: {way}')
+        n_ids = sum(map(len, ids.pop('llmnotes')))
+        ids.clear()
+        times = {name: 1 if name == 'tokenizers' else repeats for name in jobs}
+        took = {name: spread(s) for name, s in alternate(jobs, times, time.process_time).items()}
+        for name, t in took.items():
+            rows.append([way, name, f"{weight(some) / t['median']:.1f}", f"{1e6 * t['median'] / len(some):.1f} µs",
+                         f"{t['median'] / took['llmnotes']['median']:.2f}x"])
+        data[way] = dict(took=took, megabytes=weight(some), texts=len(some), ids=n_ids, ids_equal=True)
+    return rows, data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--quick', action='store_true', help='two megabytes, one repeat: does it run?')
-    parser.add_argument('--gigabytes', type=float, default=0, help='size of a stream to train on as well')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--quick', action='store_true', help='3 MB, one repeat: does it run?')
+    parser.add_argument('--memory', action='store_true', help='also train on a stream of 1 GB')
     args = parser.parse_args()
-    megabytes, repeats = (2, 1) if args.quick else (50, args.repeats)
-    data, tables = {}, []
-    if args.gigabytes:                                 # first: peak memory never falls
-        some = texts(5 if args.quick else 20)[0]
-        before, start = peak_memory(), time.perf_counter()
-        tok = train_bpe(stream(args.gigabytes, some), 32_768, compiled=True)
-        data['large'] = dict(gigabytes=args.gigabytes, wall_s=time.perf_counter() - start, peak_gib=peak_memory(),
-                             before_gib=before, tokens=tok.vocab_size)
-        tables.append(markdown(['stream', 'tokens', 'wall (s)', 'peak (GiB)', 'before (GiB)'], [[
-            f'{args.gigabytes:g} GB', f'{tok.vocab_size:,}', f"{data['large']['wall_s']:.0f}",
-            f"{data['large']['peak_gib']:.2f}", f'{before:.2f}']]))
-    for name, (table, found) in dict(training=training(megabytes, 8192, repeats),
-                                     encoding=encoding(megabytes, repeats)).items():
-        tables.insert(len(tables) if name == 'encoding' else 0, table); data[name] = found
-    notes = ('All merges equal those of tokenizers, all ids those of tiktoken and tokenizers. Warm: the second and '
-             'later calls in one process, wall time; rustbpe uses all cores, the others one. Cold: the first call in a '
-             'new process, with compiled code on disk (the very first compilation on a machine takes ten seconds and '
-             'more). Encoding is on texts beside the training set, one thread, caches warm.')
-    write('bpe', 'Byte-level BPE', tables, notes, data, 'tokenizers', 'tiktoken', 'rustbpe', 'numba')
+    size, repeats = (3e6, 1) if args.quick else (50e6, args.repeats)
+    texts, train = list(corpus(size * 1.2)), []
+    n = 0
+    while n < size and texts:
+        train.append(texts.pop())
+        n += len(train[-1].encode())
+    with tempfile.NamedTemporaryFile('w', suffix='.json') as file:
+        json.dump(train, file)
+        file.flush()
+        rows, trained, tok = measure_training(train, file.name, repeats)
+        print(f'{weight(train):.1f} MB trained on, {weight(texts):.1f} MB held out', flush=True)
+        memory = json.loads(child(MEMORY, file.name, '32768', str(3e7 if args.quick else 1e9).split('.')[0])
+                            ) if args.memory else None
+    encode_rows, encoded = measure_encoding(tok, texts, repeats)
+    tables = [markdown(['training', 'wall time, median', 'spread (s)', 'MB/s', 'CPU time', 'llmnotes warm is faster by'],
+                       rows),
+              markdown(['encoding, one thread', 'by', 'MB per CPU second', 'a text', 'llmnotes is faster by'],
+                       encode_rows)]
+    notes = (f'Training: {weight(train):.1f} MB of this Python and its packages, {VOCAB:,} tokens, pattern of GPT-2, '
+             f'all sides in turn, median of {repeats}. Ours runs in one thread, the others in as many as they take. '
+             f'"Cold" is a fresh process in which the compiled code is read from disk. All '
+             f"{trained['merges']:,} merges equal those of tokenizers; {trained['tokens_in_common_with_rustbpe']:.2%} of "
+             f'the tokens are in common with rustbpe. Encoding: {weight(texts):.1f} MB that were not trained on, CPU '
+             f'time, caches warm, all ids equal.')
+    if memory:
+        notes += (f" A stream of 1 GB, in which words of each round get new names, to {memory['merges'] + 256:,} tokens: "
+                  f"{memory['cpu_s']:.0f} s of CPU time with the making of the stream, peak {memory['peak_gib']:.2f} "
+                  f"GiB, of which {memory['before_gib']:.2f} GiB were there before.")
+    data = dict(training=trained, encoding=encoded, memory=memory)
+    if args.quick: print(*tables, notes, sep='\n\n')
+    else: write('bpe', 'Byte-level BPE', tables, notes, data, 'numba', 'rustbpe', 'tiktoken', 'tokenizers')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()
