@@ -39,8 +39,18 @@ train_bpe(texts, int(sys.argv[2]))
 print(time.perf_counter() - start)
 """
 MEMORY = """
-import itertools, json, random, re, resource, sys, time
+import itertools, json, random, re, sys, time
+from llmnotes.tokenizers import kernels
 from llmnotes.tokenizers.bpe import train_bpe
+seen, count = {}, kernels.count_words
+def counted(*args):
+    table = count(*args)
+    seen.update(distinct=len(table[1]) - 1, bytes=len(table[0]))
+    return table
+kernels.count_words = counted
+def peak(): # of this process alone; ru_maxrss begins with that of its parent
+    with open('/proc/self/status') as status:
+        return next(int(line.split()[1]) for line in status if line.startswith('VmHWM')) / 2**20
 texts, n_bytes = json.load(open(sys.argv[1])), int(sys.argv[3])
 def stream():
     left, rng = n_bytes, random.Random(0)
@@ -50,10 +60,10 @@ def stream():
             yield text
             left -= len(text.encode())
             if left <= 0: return
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 before, start = peak(), time.process_time()
 tok = train_bpe(stream(), int(sys.argv[2]))
-print(json.dumps(dict(before_gib=before, peak_gib=peak(), cpu_s=time.process_time() - start, merges=len(tok.merges))))
+print(json.dumps(dict(before_gib=before, peak_gib=peak(), cpu_s=time.process_time() - start,
+                      merges=len(tok.merges), **seen)))
 """
 
 
@@ -130,7 +140,8 @@ def measure_encoding(tok: BPETokenizer, texts: list[str], repeats: int) -> tuple
                                  lambda x: [tik.encode_ordinary(t) for t in x], None)}
     rows, data = [], {}
     for way, (some, *fs) in sides.items():
-        jobs = {name: lambda f=f: f(some) for name, f in zip(('llmnotes', 'tiktoken', 'tokenizers'), fs) if f}
+        names = 'llmnotes', 'tiktoken', 'tokenizers'
+        jobs = {name: lambda f=f, some=some: f(some) for name, f in zip(names, fs) if f}
         ids = {name: [list(map(int, t)) for t in job()] for name, job in jobs.items()}
         if any(i != ids['llmnotes'] for i in ids.values()): raise SystemExit(f'ids differ: {way}')
         n_ids = sum(map(len, ids.pop('llmnotes')))
@@ -164,20 +175,21 @@ def main() -> None:
         memory = json.loads(child(MEMORY, file.name, '32768', str(3e7 if args.quick else 1e9).split('.')[0])
                             ) if args.memory else None
     encode_rows, encoded = measure_encoding(tok, texts, repeats)
-    tables = [markdown(['training', 'wall time, median', 'spread (s)', 'MB/s', 'CPU time', 'llmnotes warm is faster by'],
-                       rows),
+    head = ['training', 'wall time, median', 'spread (s)', 'MB/s', 'CPU time', 'llmnotes warm is faster by']
+    tables = [markdown(head, rows),
               markdown(['encoding, one thread', 'by', 'MB per CPU second', 'a text', 'llmnotes is faster by'],
                        encode_rows)]
+    common = trained['tokens_in_common_with_rustbpe']
     notes = (f'Training: {weight(train):.1f} MB of this Python and its packages, {VOCAB:,} tokens, pattern of GPT-2, '
              f'all sides in turn, median of {repeats}. Ours runs in one thread, the others in as many as they take. '
-             f'"Cold" is a fresh process in which the compiled code is read from disk. All '
-             f"{trained['merges']:,} merges equal those of tokenizers; {trained['tokens_in_common_with_rustbpe']:.2%} of "
-             f'the tokens are in common with rustbpe. Encoding: {weight(texts):.1f} MB that were not trained on, CPU '
-             f'time, caches warm, all ids equal.')
+             f'"Cold" is a fresh process in which the compiled code is read from disk. All {trained["merges"]:,} merges '
+             f'equal those of tokenizers; {common:.2%} of the tokens are in common with rustbpe. Encoding: '
+             f'{weight(texts):.1f} MB that were not trained on, CPU time, caches warm, all ids equal.')
     if memory:
-        notes += (f" A stream of 1 GB, in which words of each round get new names, to {memory['merges'] + 256:,} tokens: "
-                  f"{memory['cpu_s']:.0f} s of CPU time with the making of the stream, peak {memory['peak_gib']:.2f} "
-                  f"GiB, of which {memory['before_gib']:.2f} GiB were there before.")
+        notes += (f' A stream of 1 GB, in which words of each round get new names, to {memory["merges"] + 256:,} tokens: '
+                  f'{memory["distinct"]:,} distinct words of {memory["bytes"] / 1e6:.0f} MB, {memory["cpu_s"]:.0f} s of '
+                  f'CPU time with the making of the stream, peak {memory["peak_gib"]:.2f} GiB, of which '
+                  f'{memory["before_gib"]:.2f} GiB, mostly the 50 MB of documents, were there before.')
     data = dict(training=trained, encoding=encoded, memory=memory)
     if args.quick: print(*tables, notes, sep='\n\n')
     else: write('bpe', 'Byte-level BPE', tables, notes, data, 'numba', 'rustbpe', 'tiktoken', 'tokenizers')
