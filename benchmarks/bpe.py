@@ -182,13 +182,13 @@ def main() -> None:
     common = trained['tokens_in_common_with_rustbpe']
     notes = (f'Training: {weight(train):.1f} MB of this Python and its packages, {VOCAB:,} tokens, pattern of GPT-2, '
              f'all sides in turn, median of {repeats}. Ours runs in one thread, the others in as many as they take. '
-             f'"Cold" is a fresh process in which the compiled code is read from disk. All {trained["merges"]:,} merges '
-             f'equal those of tokenizers; {common:.2%} of the tokens are in common with rustbpe. Encoding: '
+             f'"Cold" is a fresh process in which the compiled code is read from disk. All {trained["merges"]:,} '
+             f'merges equal those of tokenizers; {common:.2%} of the tokens are in common with rustbpe. Encoding: '
              f'{weight(texts):.1f} MB that were not trained on, CPU time, caches warm, all ids equal.')
     if memory:
-        notes += (f' A stream of 1 GB, in which words of each round get new names, to {memory["merges"] + 256:,} tokens: '
-                  f'{memory["distinct"]:,} distinct words of {memory["bytes"] / 1e6:.0f} MB, {memory["cpu_s"]:.0f} s of '
-                  f'CPU time with the making of the stream, peak {memory["peak_gib"]:.2f} GiB, of which '
+        notes += (f' A stream of 1 GB, in which words of each round get new names, to {memory["merges"] + 256:,} '
+                  f'tokens: {memory["distinct"]:,} distinct words of {memory["bytes"] / 1e6:.0f} MB, '
+                  f'{memory["cpu_s"]:.0f} s of CPU time with the making of the stream, peak {memory["peak_gib"]:.2f} GiB, of which '
                   f'{memory["before_gib"]:.2f} GiB, mostly the 50 MB of documents, were there before.')
     data = dict(training=trained, encoding=encoded, memory=memory)
     if args.quick: print(*tables, notes, sep='\n\n')
