@@ -188,8 +188,9 @@ def main() -> None:
     if memory:
         notes += (f' A stream of 1 GB, in which words of each round get new names, to {memory["merges"] + 256:,} '
                   f'tokens: {memory["distinct"]:,} distinct words of {memory["bytes"] / 1e6:.0f} MB, '
-                  f'{memory["cpu_s"]:.0f} s of CPU time with the making of the stream, peak {memory["peak_gib"]:.2f} GiB, of which '
-                  f'{memory["before_gib"]:.2f} GiB, mostly the 50 MB of documents, were there before.')
+                  f'{memory["cpu_s"]:.0f} s of CPU time with the making of the stream, peak '
+                  f'{memory["peak_gib"]:.2f} GiB, of which {memory["before_gib"]:.2f} GiB, mostly the 50 MB of '
+                  'documents, were there before.')
     data = dict(training=trained, encoding=encoded, memory=memory)
     if args.quick: print(*tables, notes, sep='\n\n')
     else: write('bpe', 'Byte-level BPE', tables, notes, data, 'numba', 'rustbpe', 'tiktoken', 'tokenizers')
