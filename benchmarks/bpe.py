@@ -6,7 +6,7 @@ The corpus is Python's standard library and the installed packages, read by `llm
 shuffled: 50 MB to train on, further documents to encode. All sides get the same texts in one
 process. Merges are compared with those of tokenizers, ids with those of tiktoken. `--memory` trains
 on a stream of 1 GB as well: the documents again and again, where in each round one word in twenty
-gets the number of the round, so that distinct words grow as they do in a corpus.
+gets the number of the round, in letters, so that distinct words grow as they do in a corpus.
 """
 import argparse
 import importlib.util
@@ -55,8 +55,9 @@ texts, n_bytes = json.load(open(sys.argv[1])), int(sys.argv[3])
 def stream():
     left, rng = n_bytes, random.Random(0)
     for k in itertools.count():
+        name = ''.join('bcdfghjklm'[int(digit)] for digit in str(k)) # digits would be words of their own
         for text in texts:
-            if k: text = re.sub('[a-z]{4,} ', lambda m: m[0] if rng.random() > .05 else f'{m[0][:-1]}{k}x ', text)
+            if k: text = re.sub('[a-z]{4,} ', lambda m: m[0] if rng.random() > .05 else f'{m[0][:-1]}{name} ', text)
             yield text
             left -= len(text.encode())
             if left <= 0: return

@@ -368,7 +368,6 @@ def _learn(store, words, byte_ids, n_merges, first_id):
             q, times = p + span[a], words[word[p], 1]
             r = q + span[b]
             _unlink(p, first, last, after, before)
-            token[q] = -2
             token[p] = token[r - 1] = new
             t = np.int64(token[p - 1])
             if t >= 0:
@@ -462,7 +461,6 @@ def _merge_long(ids, n, n_ranks, keys, ranks): # in place; how many are left
             _unlink(p, first, last, after, before)
             _unlink(q, first, last, after, before)
             if token[p - 1] >= 0: _unlink(l, first, last, after, before)
-            token[q] = -2
             token[p] = token[r - 1] = new
             span[p] = span[r - 1] = r - p
             if token[p - 1] >= 0:
