@@ -6,10 +6,10 @@
 __all__ = ['word_lists', 'ngram_buckets', 'ngram_table', 'LanguageIdentifier', 'calibrated', 'identify_batch', 'save_identifier',
            'load_identifier']
 
-# %% ../../nbs/28_language_identification.ipynb #5bcb9560
+# %% ../../nbs/28_language_identification.ipynb #ec7166ff
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np

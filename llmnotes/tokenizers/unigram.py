@@ -6,9 +6,8 @@
 __all__ = ['make_trie', 'viterbi', 'nbest', 'forward', 'sample', 'Lattices', 'seed_pieces', 'fit_pieces', 'make_pipeline',
            'UnigramTokenizer', 'train_unigram', 'bpe_dropout', 'train_wordpiece', 'wordpiece']
 
-# %% ../../nbs/11_unigram.ipynb #63935561
+# %% ../../nbs/11_unigram.ipynb #b69a084d
 import array
-import base64
 import heapq
 import json
 import math
@@ -27,7 +26,7 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normaliz
                         pre_tokenizers)
 
 from ..core import write_atomic
-from .bpe import BPETokenizer, count_words, split_words
+from .bpe import BPETokenizer, count_words, split_words, utf8
 
 # %% ../../nbs/11_unigram.ipynb #36864e0a
 def make_trie(
@@ -407,12 +406,9 @@ class UnigramTokenizer(_Pieces):
         "Read a SentencePiece model: pieces, scores and the map of its normaliser"
         return cls(_read_sentencepiece(Path(path)))
 
-# %% ../../nbs/11_unigram.ipynb #6636cb16
-def _no_surrogates(text:str) -> str:
-    try: text.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f'text has a lone surrogate U+{ord(text[e.start]):04X} at '
-                         f'position {e.start}, which UTF-8 cannot write') from None
+# %% ../../nbs/11_unigram.ipynb #b8b7c5cf
+def _no_surrogates(text:str) -> str: # or `utf8` says where one stands
+    utf8(text)
     return text
 
 def _without_rare(words:Mapping[str, int], coverage:float) -> Counter[str]: # cut there
