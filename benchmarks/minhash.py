@@ -1,26 +1,23 @@
-"""MinHash signatures from raw text beside the peers, and the memory of a large deduplication.
+"""MinHash signatures from raw text beside the peers.
 
-    python benchmarks/minhash.py [--repeats 5] [--quick] [--gigabytes 5]
+    python benchmarks/minhash.py [--repeats 5] [--quick]
 
 Signatures: 128 permutations of 5-word shingles, one thread, docstrings of whatever is installed.
-Peers that are not installed are named as missing. `--gigabytes` writes a synthetic corpus of that
-size in eight shards into a temporary folder, deduplicates it and states time and peak memory.
+Peers that are not installed are named as missing. What a large deduplication holds in memory is
+measured by large_corpus.py.
 """
 import argparse
 import importlib
 import importlib.util
 import random
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from _table import alternate, markdown, spread, write
 
-from llmnotes.core import peak_memory
 from llmnotes.corpus import python_corpus
-from llmnotes.data.dedup import deduplicate_files, minhash_signature, normalise
+from llmnotes.data.dedup import minhash_signature, normalise
 
 PACKAGES = ['numpy', 'torch', 'matplotlib', 'pandas', 'sklearn', 'scipy']
 
@@ -72,43 +69,10 @@ def peers(texts: list[str]) -> dict[str, Callable[[], object]]:
     return jobs
 
 
-def synthetic(folder: Path, gigabytes: float, n_shards: int = 8) -> Iterator[Path]:
-    "Shards of random texts of some 2,300 characters; a tenth are copies, half of them with a word changed"
-    rng, size = np.random.default_rng(0), int(gigabytes * 1e9 / n_shards)
-    words = np.array([''.join(rng.choice(list('abcdefghijklmnop'), rng.integers(2, 10))) for _ in range(50_000)])
-    kept: list[list[str]] = []
-    for k in range(n_shards):
-        path, written, i = folder/f'{k}.jsonl', 0, 0
-        with open(path, 'w') as file:
-            while written < size:
-                text = words[rng.zipf(1.3, 360) % len(words)].tolist() if rng.random() > .1 or not kept \
-                    else list(kept[rng.integers(len(kept))])
-                if rng.random() < .05: text[rng.integers(len(text))] = 'changed'
-                if rng.random() < .001: kept.append(text)
-                line = '{"id": "%d-%d", "text": "%s"}\n' % (k, i, ' '.join(text))
-                file.write(line)
-                written, i = written + len(line), i + 1
-        yield path
-
-
-def large(gigabytes: float) -> tuple[str, dict]:
-    with tempfile.TemporaryDirectory() as tmp:
-        paths = list(synthetic(Path(tmp), gigabytes))
-        before, wall, cpu = peak_memory(), time.perf_counter(), time.process_time()
-        counts = deduplicate_files(paths, Path(tmp)/'out')
-        data = dict(gigabytes=gigabytes, wall_s=time.perf_counter() - wall, cpu_s=time.process_time() - cpu,
-                    peak_gib=peak_memory(), peak_before_gib=before, **counts)
-    row = [f'{gigabytes:g} GB', f"{data['read']:,}", f"{data['exact']:,}", f"{data['near']:,}",
-           f"{data['wall_s']:.0f}", f"{data['read'] / data['cpu_s']:,.0f}", f"{data['peak_gib']:.2f}"]
-    head = ['synthetic corpus', 'documents', 'exact copies', 'near copies', 'wall (s)', 'documents/CPU-s', 'peak (GiB)']
-    return markdown(head, [row]), data
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--quick', action='store_true', help='200 documents, one repeat: does it run?')
-    parser.add_argument('--gigabytes', type=float, default=0, help='size of the corpus to deduplicate as well')
     args = parser.parse_args()
     texts = documents(200 if args.quick else 2000)
     jobs = peers(texts)
@@ -121,9 +85,6 @@ def main() -> None:
              f"{len(texts) / s['least']:,.0f}", f"{s['median'] / ours:.2f}"] for name, t in took.items()]
     tables = [markdown(['from raw text', 'documents/CPU-s (median)', 'range', "times ours"], rows)]
     data: dict = dict(documents=len(texts), characters=mean, seconds={k: spread(t) for k, t in took.items()})
-    if args.gigabytes:
-        table, data['large'] = large(args.gigabytes)
-        tables.append(table)
     missing = [p for p in ('rensa', 'daft') if not importlib.util.find_spec(p)]
     notes = (f'{len(texts):,} docstrings of {mean:,.0f} characters on average, 128 permutations, shingles of five '
              'words. Seconds are those of the process on all its threads. Ours equals datasketch\'s legacy scheme '
