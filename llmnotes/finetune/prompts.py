@@ -69,7 +69,7 @@ def prefix_of(
     both = torch.stack([t[0] for layer in cache.layers for t in (layer.keys, layer.values)])
     return both.permute(2, 0, 1, 3).flatten(1)               # (2L, K, n, D) -> (n, 2LKD)
 
-# %% ../../nbs/44_soft_prompts.ipynb #ff23ab20
+# %% ../../nbs/44_soft_prompts.ipynb #d8ecd1d8
 class Prompted(nn.Module):
     "A frozen language model that finds `n_tokens` positions in front of every text"
     deep = False # Are keys and values stored, or embeddings?
@@ -127,9 +127,10 @@ class Prompted(nn.Module):
     def base_model(self,
         input_ids:Tensor, # (B, T)
         attention_mask:Tensor|None=None, # (B, T)
+        **more:Any, # For the model
     ) -> Any: # `last_hidden_state` (B, T, C)
         "The body without the output layer, under the name that transformers gives it"
-        return self.model.base_model(**self._behind(input_ids, attention_mask))
+        return self.model.base_model(**self._behind(input_ids, attention_mask), **more)
 
     def get_output_embeddings(self) -> nn.Module:
         "The output layer, which is the model's"
@@ -184,7 +185,7 @@ def _check_fit(about:dict[str, Any], rows:Tensor, config:Any, deep:bool, folder:
     if tuple(rows.shape) != want:
         raise ValueError(f'{folder} has prompt_embeddings of {tuple(rows.shape)}, not {want}')
 
-# %% ../../nbs/44_soft_prompts.ipynb #2b5b4aaf
+# %% ../../nbs/44_soft_prompts.ipynb #9654b0b8
 class SoftPrompt(Prompted):
     "A prompt that is trained, and lives in a folder as peft writes it"
     kind = '' # Peft's name
@@ -196,6 +197,7 @@ class SoftPrompt(Prompted):
         self.encoder = nn.Identity()
         return self
 
+    @torch.no_grad()
     def save_pretrained(self,
         folder:str|Path, # Gets adapter_config.json and adapter_model.safetensors
     ) -> Path: # The folder
@@ -205,7 +207,7 @@ class SoftPrompt(Prompted):
         about = dict(peft_type=self.kind, task_type='CAUSAL_LM', inference_mode=True,
                      base_model_name_or_path=name, num_virtual_tokens=self.n_tokens,
                      num_transformer_submodules=1, **_shape(self.model.config, self.deep))
-        rows = self.prompt().detach().cpu().contiguous()
+        rows = self.prompt().cpu().contiguous()
         (folder/'adapter_config.json').unlink(missing_ok=True)
         write_atomic(folder/'adapter_model.safetensors',
                      save({'prompt_embeddings': rows}, metadata={'format': 'pt'}))
