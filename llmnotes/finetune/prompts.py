@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attend', 'gated_mixture', 'prefix_width', 'unpack_prefix', 'prefix_of', 'Prompted', 'SoftPrompt', 'PromptTuning',
-           'PTuning', 'PrefixTuning', 'soft_prompt_parameters']
+           'PTuning', 'PrefixTuning', 'soft_prompt_parameters', 'prompt_cost']
 
 # %% ../../nbs/44_soft_prompts.ipynb #7df6b982
 import json
@@ -359,3 +359,16 @@ def soft_prompt_parameters(
     if encoder == 'mlp': return n_tokens * C + linear(C, h) + linear(h, h) + linear(h, C)
     lstm = sum(2 * 4 * h * (x + h + 2) for x in (C, *[2 * h] * (layers - 1)))
     return n_tokens * C + lstm + linear(2 * h, 2 * h) + linear(2 * h, C)
+
+# %% ../../nbs/44_soft_prompts.ipynb #95ca1f17
+def prompt_cost(
+    config:Any, # Of a transformers model
+    n_tokens:int, # n
+    *,
+    bytes_each:int=2, # Of a number in the cache
+) -> dict[str, int]: # `kv_bytes` of a row, `flops_per_token` that the text pays
+    "What a prompt costs at inference, once its keys and values are there"
+    D = prefix_width(config) // (2 * config.num_hidden_layers * config.num_key_value_heads)
+    heads = config.num_hidden_layers * config.num_attention_heads * D
+    return dict(kv_bytes=prefix_width(config) * n_tokens * bytes_each,
+                flops_per_token=4 * heads * n_tokens)
