@@ -277,7 +277,7 @@ def test_refuses_what_cannot_be() -> None:
 
 def test_counts() -> None:
     config = model().config
-    for name, (cls, how) in METHODS.items():
+    for name, (cls, _) in METHODS.items():
         said = dict(deep=cls is PrefixTuning, hidden=6,
                     encoder=dict(mlp='mlp', lstm='lstm', prefix='mlp').get(name, ''))
         have = sum(p.numel() for p in made(name).parameters() if p.requires_grad)
