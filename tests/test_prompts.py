@@ -165,6 +165,8 @@ def test_words_are_words() -> None:
         assert torch.allclose(logits(cls(base, 3, init=words), x), want, atol=2e-5)
     cut = PromptTuning(base, 2, init=words).embedding.data
     assert torch.equal(cut, base.get_input_embeddings().weight[[7, 8]])
+    long = PromptTuning(base, 5, init=words).embedding.data
+    assert torch.equal(long, base.get_input_embeddings().weight[[7, 8, 9, 7, 8]])
     drawn = PromptTuning(base, 5, init='vocab', seed=4).embedding.data
     table = base.get_input_embeddings().weight
     assert all((row == table).all(1).any() for row in drawn)
