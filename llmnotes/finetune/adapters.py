@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
     def forward(self, h:Tensor) -> Tensor: # (..., d) -> (..., m) -> (..., d)
         return h + self.up(ACTIVATIONS[self.activation](self.down(h)))
 
-# %% ../../nbs/45_adapters.ipynb #e1fc5a4a
+# %% ../../nbs/45_adapters.ipynb #59549349
 STYLES = dict(houlsby=('attention', 'feedforward'), pfeiffer=('feedforward',))
 
 class _Carrier(nn.Module): # stands where `base_layer` stood, and adapts it
@@ -87,7 +87,8 @@ def _carriers(model:nn.Module) -> dict[str, _Carrier]: # by the name that they s
     return {n: m for n, m in model.named_modules() if isinstance(m, _Carrier)}
 
 def _public(model:nn.Module, name:str) -> str: # Llama's name for it: ours has no `model.`
-    return f'model.{name}' if isinstance(model, Decoder) else name
+    inside = isinstance(model, Decoder) and not name.startswith('lm_head')
+    return f'model.{name}' if inside else name
 
 def _targets(model:nn.Module, names:Iterable[str]) -> dict[str, nn.Module]:
     if _carriers(model):
@@ -219,10 +220,12 @@ def _ia3_layers(model:nn.Module) -> list[IA3Linear]:
     if not found: raise ValueError('the model has no IA3 factors; bottlenecks do not merge')
     return found
 
-# %% ../../nbs/45_adapters.ipynb #b936e985
+# %% ../../nbs/45_adapters.ipynb #63f67a43
 def _to_store(model:nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]: # config, tensors
     found = {_public(model, n): c for n, c in _carriers(model).items()}
     kinds = {type(c) for c in found.values()}
+    if any(getattr(c, 'kept', None) for c in found.values()):
+        raise ValueError('the factors are merged into the weights; unmerge_ia3 them first')
     if kinds == {IA3Linear}:
         config = dict(
             peft_type='IA3', target_modules=[*found],
@@ -238,6 +241,9 @@ def _to_store(model:nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]: # co
     return config, {f'{start}{n}.{k}': p.detach().cpu().contiguous()
                     for n, c in found.items() for k, p in c.trained().items()}
 
+def _sums(layer:nn.Linear) -> list[float]: # sum and length of a weight, to know it again
+    return [layer.weight.sum(dtype=torch.float64).item(), layer.weight.float().norm().item()]
+
 def save_adapters(
     model:nn.Module, # Of `add_adapters` or `add_ia3`
     folder:str|Path, # Made if it is not there
@@ -247,57 +253,68 @@ def save_adapters(
     "adapter_config.json and adapter_model.safetensors, without the frozen model"
     from safetensors.torch import save
     folder, (config, tensors) = Path(folder), _to_store(model)
+    sums = {_public(model, n): _sums(c.base_layer) for n, c in _carriers(model).items()}
+    data = save(tensors, dict(format='pt', base_sums=json.dumps(sums)))
     (folder/'adapter_config.json').unlink(missing_ok=True)       # new weights, old config: no
-    write_atomic(folder/'adapter_model.safetensors', save(tensors, {'format': 'pt'}))
+    write_atomic(folder/'adapter_model.safetensors', data)
     config = dict(base_model_name_or_path=base, **config)
     write_atomic(folder/'adapter_config.json', json.dumps(config, indent=2) + '\n')
     return folder
 
-# %% ../../nbs/45_adapters.ipynb #f2252438
-def _read_folder(folder:Path) -> tuple[dict[str, Any], dict[str, Tensor]]: # all of it
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+# %% ../../nbs/45_adapters.ipynb #383b1878
+def _read_folder(folder:Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
     about, weights = folder/'adapter_config.json', folder/'adapter_model.safetensors'
     for path in (about, weights):
         if not path.is_file(): raise FileNotFoundError(f'{folder} holds no {path.name}')
-    try: config = json.loads(about.read_text())
-    except json.JSONDecodeError as e: raise ValueError(f'{about} is damaged: {e}') from None
-    try: return config, load(weights.read_bytes())
-    except SafetensorError as e: raise ValueError(f'{weights} is damaged: {e}') from None
+    try:
+        config = json.loads(about.read_text())
+        with safe_open(weights, 'pt') as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            sums = json.loads((f.metadata() or {}).get('base_sums', '{}'))
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise ValueError(f'the adapter in {folder} is damaged: {e}') from None
+    return config, tensors, sums
 
-def _fill(made:dict[str, _Carrier], tensors:dict[str, Tensor], start:str,
-          model:nn.Module, folder:Path) -> None: # all shapes are compared before the first copy
+def _fill(made:dict[str, _Carrier], model:nn.Module, folder:Path, start:str,
+          tensors:dict[str, Tensor], sums:dict[str, Any]) -> None: # checked, then copied
     want = {f'{start}{_public(model, n)}.{k}': p for n, c in made.items()
             for k, p in c.trained().items()}
     shape = lambda d, k: tuple(d[k].shape) if k in d else 'absent'
     wrong = sorted(k for k in want.keys() | tensors.keys()
                    if shape(want, k) != shape(tensors, k))
     if wrong:
-        raise ValueError(f'{folder} is for another base, or incomplete: {wrong[0]} is '
-                         f'{shape(tensors, wrong[0])} in the file, and this model takes '
-                         f'{shape(want, wrong[0])}')
+        raise ValueError(f'{folder} is for another base: {wrong[0]} is '
+                         f'{shape(tensors, wrong[0])} there and {shape(want, wrong[0])} here')
+    for n, c in made.items():
+        here, length = _sums(c.base_layer)
+        there = sums.get(_public(model, n), [here])[0]
+        if not abs(there - here) <= .01 * length:                # rounding to 16 bits passes
+            raise ValueError(f'{folder} was trained beside other weights: those of {n} add up '
+                             f'to {there:.4g} there and {here:.4g} here')
     for k, p in want.items(): p.data.copy_(tensors[k])
 
 def load_adapters(
     model:nn.Module, # Without adapters; frozen and changed in place
     folder:str|Path, # Of `save_adapters`, or IA3 of peft
+    *,
+    check_base:bool=True, # Refuse a base whose weights are not those of the training?
 ) -> nn.Module: # The same model
     "Put saved adapters on a model, or leave it as it is and say why"
     folder = Path(folder)
-    config, tensors = _read_folder(folder)
+    config, tensors, sums = _read_folder(folder)
     if config.get('peft_type') == 'IA3' and not config.get('fan_in_fan_out'):
-        found = _targets(model, config['target_modules'])
+        found, start = _targets(model, config['target_modules']), 'base_model.model.'
         inner = _targets(model, config['feedforward_modules'])
         made = {n: IA3Linear(layer, n in inner) for n, layer in found.items()}
-        _fill(made, tensors, 'base_model.model.', model, folder)
     elif config.get('adapter_type') == 'bottleneck':
-        m, f = config['m'], config['activation']
-        made = {n: Adapted(layer, Bottleneck(_width(layer), m, activation=f))
-                for n, layer in _targets(model, config['modules']).items()}
-        _fill(made, tensors, '', model, folder)
+        found, start = _targets(model, config['modules']), ''
+        made = {n: Adapted(layer, Bottleneck(_width(layer), config['m'],
+                activation=config['activation'])) for n, layer in found.items()}
     else:
         raise ValueError(f'{folder} holds {config.get("peft_type", "no adapter")}; this reads '
-                         'bottlenecks and IA3 on Linear layers')
+                         'bottlenecks, and IA3 of Linear layers')
+    _fill(made, model, folder, start, tensors, sums if check_base else {})
     return _attach(model, made)
 
 # %% ../../nbs/45_adapters.ipynb #b7ce026f
@@ -340,9 +357,9 @@ class BankedLinear(_Carrier):
             if k: out[rows] = (x[rows] @ self.A[i, :k].T * self.scaling[i]) @ self.B[i, :, :k].T
         return out
 
-# %% ../../nbs/45_adapters.ipynb #f25d62fe
+# %% ../../nbs/45_adapters.ipynb #a8c1c8fd
 def _read_lora(folder:Path) -> dict[str, tuple[Tensor, Tensor, float]]: # module: A, B, scaling
-    config, tensors = _read_folder(folder)
+    config, tensors, _ = _read_folder(folder)
     if config.get('peft_type') != 'LORA' or config.get('use_dora'):
         raise ValueError(f'{folder} holds no plain LoRA: {config.get("peft_type")}, '
                          f'use_dora={config.get("use_dora", False)}')
