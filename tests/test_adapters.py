@@ -319,7 +319,9 @@ def test_ids_are_checked_and_forgotten(folders: list[Path]) -> None:
     with bank.rows([0] * 4):
         with bank.rows([1] * 4): inner = served(IDS)
         outer = served(IDS)                                      # the outer ids are back
-    with bank.rows([1] * 4): assert torch.equal(inner, served(IDS)) and not torch.equal(inner, outer)
+    for i, want in ((0, outer), (1, inner)):
+        with bank.rows([i] * 4): assert torch.equal(want, served(IDS))
+    assert not torch.equal(inner, outer)
     assert len(bank) == 3 and same(state(remove_adapters(served)), state(ours()))
 
 
