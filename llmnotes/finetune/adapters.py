@@ -359,13 +359,14 @@ class BankedLinear(_Carrier):
             if k: out[rows] = (x[rows] @ self.A[i, :k].T * self.scaling[i]) @ self.B[i, :, :k].T
         return out
 
-# %% ../../nbs/45_adapters.ipynb #a8c1c8fd
+# %% ../../nbs/45_adapters.ipynb #b6357fd3
 def _read_lora(folder:Path) -> dict[str, tuple[Tensor, Tensor, float]]: # module: A, B, scaling
     config, tensors, _ = _read_folder(folder)
     if config.get('peft_type') != 'LORA' or config.get('use_dora'):
         raise ValueError(f'{folder} holds no plain LoRA: {config.get("peft_type")}, '
                          f'use_dora={config.get("use_dora", False)}')
-    names = {k.removeprefix('base_model.model.').rpartition('.lora_')[0] for k in tensors}
+    names = {k.removeprefix('base_model.model.').rpartition('.lora_')[0] for k in tensors
+             if '.lora_' in k}
     want = {f'base_model.model.{n}.lora_{x}.weight' for n in names for x in 'AB'}
     odd = sorted(want ^ tensors.keys())
     if odd: raise ValueError(f'{folder}: {odd[0]} is missing, or is no A or B; merge this one')
