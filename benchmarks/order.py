@@ -1,6 +1,6 @@
 """In-context order: exact neighbours beside faiss, and the two walks.
 
-    OMP_NUM_THREADS=1 python benchmarks/order.py [--repeats 5] [--documents 20000]
+    OMP_NUM_THREADS=1 python benchmarks/order.py [--repeats 5] [--documents 5000]
 """
 import argparse
 import os
@@ -24,7 +24,7 @@ def clustered(n: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--documents', type=int, default=20_000)
+    parser.add_argument('--documents', type=int, default=5_000)
     args = parser.parse_args()
     import faiss
     threads = os.environ.get('OMP_NUM_THREADS', 'as many as there are')
@@ -43,8 +43,9 @@ def main() -> None:
     took = {name: spread(s) for name, s in alternate(jobs, args.repeats).items()}
     rows = [[name, f"{t['median']:.2f} s", f"{t['least']:.2f} to {t['most']:.2f}",
              f"{args.documents / t['median']:,.0f}"] for name, t in took.items()]
-    notes = (f'{args.documents:,} directions of {C} numbers, {K} neighbours, threads: {threads}, all sides in turn, median of '
-             f'{args.repeats}. The cosines of both searches agree to {same:.0e}. The walks start from the neighbours.')
+    notes = (f'{args.documents:,} directions of {C} numbers, {K} neighbours, threads: {threads}, all sides in turn, '
+             f'median of {args.repeats}. The cosines of both searches agree to {same:.0e}. '
+             'The walks start from the neighbours.')
     write('order', 'In-context order', [markdown(['step', 'time', 'spread (s)', 'documents/s'], rows)], notes,
           dict(times=took, documents=args.documents, difference=same), 'numpy', 'faiss-cpu')
 
