@@ -7,7 +7,7 @@ import pytest
 from llmnotes.corpus import Document
 from llmnotes.data.order import (STRATEGIES, compression_difficulty, context_chains, curriculum_order, find_leaks,
                                  greedy_path, in_context_order, merge_chains, nearest_neighbours, path_similarity,
-                                 split_documents)
+                                 split_parts)
 
 
 def at(*degrees: float) -> np.ndarray:
@@ -250,13 +250,13 @@ def unlike(n: int, start: int = 0) -> list[Document]:
 
 
 def where(documents: list[Document], **how) -> dict[str, str]:
-    parts = split_documents(documents, how.pop('fractions', PARTS), **how)
+    parts = split_parts(documents, how.pop('fractions', PARTS), **how)
     return {d.id: k for k, v in parts.items() for d in v}
 
 
 def test_every_document_in_one_part_by_its_share() -> None:
     many = unlike(4000)
-    parts = split_documents(many, PARTS)
+    parts = split_parts(many, PARTS)
     assert sorted(d.id for v in parts.values() for d in v) == sorted(d.id for d in many)
     for k, v in parts.items(): assert abs(len(v) / 4000 - PARTS[k]) < .02
     for v in parts.values(): assert [int(d.id[1:]) for d in v] == sorted(int(d.id[1:]) for d in v)
@@ -310,10 +310,10 @@ def test_labels_and_copies_join_across() -> None:
 def test_time_puts_the_oldest_first() -> None:
     many = unlike(100)
     when = np.random.default_rng(0).permutation(100)
-    parts = split_documents(many, PARTS, time=when)
+    parts = split_parts(many, PARTS, time=when)
     t = {k: [int(when[int(d.id[1:])]) for d in v] for k, v in parts.items()}
     assert sorted(t['train']) == list(range(80)) and sorted(t['val']) == list(range(80, 90))
-    iso = split_documents(many, PARTS, time=[f'2020-01-{w // 4 + 1:02d}T{w % 4:02d}' for w in when])
+    iso = split_parts(many, PARTS, time=[f'2020-01-{w // 4 + 1:02d}T{w % 4:02d}' for w in when])
     assert iso == parts
 
 
@@ -375,7 +375,7 @@ def test_an_aware_split_does_not_leak() -> None:
     base = [' '.join(rng.choice([f'w{i}' for i in range(500)], 40)) for _ in range(150)]
     many = docs(*(t + f' end{k}' for t in base for k in range(3)))
     def told(**how) -> int:
-        parts = split_documents(many, {'train': .8, 'held': .2}, **how)
+        parts = split_parts(many, {'train': .8, 'held': .2}, **how)
         assert parts['held']
         return len(find_leaks(parts['train'], parts['held']))
     assert told() == 0 and told(near_duplicates=None) > 30
