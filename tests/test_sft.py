@@ -61,7 +61,8 @@ def gradient(model, nll, batch) -> torch.Tensor:
 @pytest.mark.parametrize('tie', [False, True])
 def test_short_way_has_the_loss_and_gradient_of_the_long_one(base, rows, tie) -> None:
     model = opened(base, tie_word_embeddings=tie)
-    batch = as_batch(pad_batch(rows[:5], 0))
+    zero = dict(input_ids=[5, 0, 0, 7], labels=[-100, 0, 0, 7])  # id 0 is a token, and learnt
+    batch = as_batch(pad_batch([*rows[:5], zero], 0))
     want = token_cross_entropy(model(batch['input_ids'], batch['attention_mask']).logits,
                                batch['labels'])
     torch.testing.assert_close(answer_nll(model, **batch) / scored(batch), want)
