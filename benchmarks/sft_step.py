@@ -89,6 +89,13 @@ def our_steps(shape: dict, rows: list[dict], B: int, steps: int, short: bool) ->
     return statistics.median(took[2:]), done.losses
 
 
+def jobs_for(shape: dict, rows: list[dict], order: list[int], B: int, steps: int, folder: str) -> dict:
+    trl = lambda loss: lambda: trl_steps(shape, rows, order, B, steps, loss, folder)
+    return {'ours': lambda: our_steps(shape, rows, B, steps, True),
+            'ours, all logits': lambda: our_steps(shape, rows, B, steps, False),
+            'TRL, chunked_nll (default)': trl('chunked_nll'), 'TRL, nll': trl('nll')}
+
+
 def main() -> None:
     args = argparse.ArgumentParser()
     args.add_argument('--repeats', type=int, default=5)
@@ -105,10 +112,7 @@ def main() -> None:
             rows = conversations(o.steps * B, shape['vocab_size'])
             plan = plan_batches([len(r['input_ids']) for r in rows], steps=o.steps, batch_size=B)
             order = [i for b in plan for i in b]
-            jobs = {'ours': lambda: our_steps(shape, rows, B, o.steps, True),
-                    'ours, all logits': lambda: our_steps(shape, rows, B, o.steps, False),
-                    'TRL, chunked_nll (default)': lambda: trl_steps(shape, rows, order, B, o.steps, 'chunked_nll', folder),
-                    'TRL, nll': lambda: trl_steps(shape, rows, order, B, o.steps, 'nll', folder)}
+            jobs = jobs_for(shape, rows, order, B, o.steps, folder)
             took, losses = {n: [] for n in jobs}, {}
             for _ in range(o.repeats):
                 for name, job in jobs.items():
@@ -117,14 +121,16 @@ def main() -> None:
             for name, some in took.items():
                 s = spread(some)
                 apart = float(np.abs(np.array(losses[name]) - losses['ours']).max())
-                table.append([shape_name, name, f'{1e3 * s["median"]:.0f} ({1e3 * s["least"]:.0f} to {1e3 * s["most"]:.0f})',
+                table.append([shape_name, name,
+                    f'{1e3 * s["median"]:.0f} ({1e3 * s["least"]:.0f} to {1e3 * s["most"]:.0f})',
                               f'{s["median"] / statistics.median(took["ours"]):.2f}', f'{apart:.0e}'])
                 data[f'{shape_name}: {name}'] = dict(s, apart=apart)
     head = ['model', 'step', 'ms (least to most)', 'by ours', 'largest difference of a loss (nats)']
     notes = (f'{o.steps} steps of {B} conversations of 30 to 79 tokens, a third of them learnt; float32, '
              f'{torch.get_num_threads()} thread(s); the median of the steps after the second, and of {o.repeats} runs '
              'in turn. Besides the loss, TRL computes the entropy and the accuracy of the tokens, which it logs.')
-    write('sft_step', 'A step of full fine-tuning', [markdown(head, table)], notes, dict(steps=data), 'torch', 'transformers', 'trl')
+    write('sft_step', 'A step of full fine-tuning', [markdown(head, table)], notes, dict(steps=data), 'torch',
+        'transformers', 'trl')
 
 
 if __name__ == '__main__': main()
