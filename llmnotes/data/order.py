@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'nearest_neighbours', 'greedy_path', 'context_chains', 'merge_chains', 'in_context_order',
-           'path_similarity', 'curriculum_order', 'compression_difficulty', 'split_documents', 'find_leaks']
+           'path_similarity', 'curriculum_order', 'compression_difficulty', 'split_parts', 'find_leaks']
 
 # %% ../../nbs/29_order_and_repetition.ipynb #d2e8d216
 import hashlib
@@ -242,7 +242,7 @@ def _draw(seed:int, name:object) -> float: # in [0, 1), the same on every machin
     digest = hashlib.blake2b(f'{seed}:{name}'.encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'big') / 2**64
 
-def split_documents(
+def split_parts(
     documents:Sequence[Document], # Append new ones at the end, and old ones stay in place
     fractions:Mapping[str, float], # Share of each part; with `time` the oldest part first
     *,
