@@ -45,7 +45,7 @@ def _nearest(x:Tensor, code:Tensor) -> Tensor: # uint8, number of the nearest le
     code = code.to(x.device)
     return torch.bucketize(x, (code[:-1] + code[1:]) / 2).to(torch.uint8)
 
-# %% ../../nbs/43_qlora.ipynb #e9d0083c
+# %% ../../nbs/43_qlora.ipynb #1e2d3478
 def dynamic_code() -> Tensor: # (256,) float32, rising from nearly -1 to 1
     "Eight-bit levels in seven decades, finer steps in the larger ones"
     levels = [0., 1.]
@@ -54,6 +54,8 @@ def dynamic_code() -> Tensor: # (256,) float32, rising from nearly -1 to 1
         middle = 10**(i - 6) * (edges[:-1] + edges[1:]) / 2
         levels += [*middle.tolist(), *(-middle).tolist()]
     return torch.tensor(sorted(levels))
+
+_ladder, _levels = cache(dynamic_code), cache(nf4_code) # Computed once
 
 @dataclass
 class PackedAbsmax:
@@ -72,14 +74,14 @@ def quantize_absmax(
     offset = absmax.mean()
     scaled, largest = _blocks(absmax - offset, 256)
     steps = torch.round((scaled.flatten()[:len(absmax)].double() + 1) * 32767.5)
-    codes = _nearest((steps / 32767.5 - 1).float(), dynamic_code())
+    codes = _nearest((steps / 32767.5 - 1).float(), _ladder())
     return PackedAbsmax(codes, largest, offset)
 
 def dequantize_absmax(
     packed:PackedAbsmax,
 ) -> Tensor: # (n,) float32
     "The scales again"
-    scaled = dynamic_code().to(packed.codes.device)[packed.codes.int()]
+    scaled = _ladder().to(packed.codes.device)[packed.codes.int()]
     largest = packed.absmax.repeat_interleave(256)[:len(scaled)]
     return scaled * largest + packed.offset
 
@@ -114,7 +116,7 @@ def _unpack(codes, absmax, table, out): # (blocks, size / 2), (blocks,), (256,),
         for j in range(half): pairs[j] = table[codes[i, j]]
         for j in range(2 * half): out[i, j] = levels[j] * scale
 
-# %% ../../nbs/43_qlora.ipynb #d6764770
+# %% ../../nbs/43_qlora.ipynb #fbecd03c
 @dataclass
 class PackedNF4:
     "A weight in four bits"
@@ -131,13 +133,13 @@ def _pack_torch(x:Tensor, size:int) -> tuple[Tensor, Tensor]: # codes, absmax; a
     if rest := len(x) % size:                    # bitsandbytes divides in the last, short block
         absmax[-1] = absmax[-1].clamp_min(1e-38)
         scaled[-1, :rest] = (x[-rest:].float() / absmax[-1]).clamp(-1, 1)
-    numbers = _nearest(scaled, nf4_code()).flatten()[:len(x) + len(x) % 2]
+    numbers = _nearest(scaled, _levels()).flatten()[:len(x) + len(x) % 2]
     return numbers[::2] << 4 | numbers[1::2], absmax
 
 _CHUNK = 2**18 # Weights that are converted from or to another float type at once
 
 def _pack_compiled(x:Tensor, size:int) -> tuple[Tensor, Tensor]: # whole blocks, on the CPU
-    n, x, code = len(x) // size, x.view(-1, size), nf4_code()
+    n, x, code = len(x) // size, x.view(-1, size), _levels()
     codes, absmax = np.empty((n, size // 2), np.uint8), np.empty(n, np.float32)
     rows = max(1, n if x.dtype == torch.float32 else _CHUNK // size)
     for i in range(0, n, rows):
@@ -168,15 +170,15 @@ def quantize_nf4(
         raise ValueError(f'w of shape {tuple(w.shape)} is not finite in float32')
     return PackedNF4(codes, quantize_absmax(absmax) if double else absmax, w.shape, block_size)
 
-# %% ../../nbs/43_qlora.ipynb #4d56438a
+# %% ../../nbs/43_qlora.ipynb #021204f8
 def _unpack_torch(codes:Tensor, absmax:Tensor, size:int, n:int) -> Tensor: # (n,) float32
     numbers = torch.stack([codes >> 4, codes & 15], -1).flatten()[:n]
     scales = absmax.repeat_interleave(size)[:n]
-    return nf4_code().to(codes.device)[numbers.int()] * scales
+    return _levels().to(codes.device)[numbers.int()] * scales
 
 @cache
 def _pairs() -> np.ndarray: # (256,) uint64, both levels of a byte as they lie in memory
-    code = nf4_code().numpy()
+    code = _levels().numpy()
     return np.stack([code.repeat(16), np.tile(code, 16)], 1).view(np.uint64)[:, 0]
 
 def _unpack_compiled(codes:Tensor, absmax:Tensor, out:Tensor) -> None: # rows are blocks
