@@ -105,6 +105,17 @@ def test_edges_are_those_of_bitsandbytes():
     assert same_bits(dequantize_nf4(ours), bnb.dequantize_4bit(codes, state))
 
 
+def test_short_last_blocks_are_those_of_bitsandbytes():
+    bnb = pytest.importorskip('bitsandbytes.functional')
+    middle = torch.cat([(nf4_code()[:-1] + nf4_code()[1:]) / 2, torch.ones(1)])
+    ends = [middle * s for s in normal(300).abs()] + [0 * middle, 1e-41 * middle]
+    for end in ends:                      # on a midpoint it shows who divides and who multiplies
+        x = torch.cat([torch.ones(64), end])
+        codes, state = bnb.quantize_4bit(x, blocksize=64, quant_type='nf4')
+        ours = quantize_nf4(x)
+        assert torch.equal(ours.codes, codes.flatten()) and same_bits(ours.absmax, state.absmax)
+
+
 def test_float64_is_rounded_first_and_out_is_filled():
     x = normal(128).double()
     assert torch.equal(quantize_nf4(x).codes, quantize_nf4(x.float()).codes)
