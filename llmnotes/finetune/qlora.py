@@ -241,7 +241,7 @@ def nf4_bytes(
     scales = blocks + 4 * math.ceil(blocks / 256) if double else 4 * blocks
     return math.ceil(n / 2) + scales
 
-# %% ../../nbs/43_qlora.ipynb #9a0e3fe9
+# %% ../../nbs/43_qlora.ipynb #c3510cea
 class _Product(torch.autograd.Function):
     "`x @ W.T + bias` with W in four bits, which are unpacked once more on the way back"
     @staticmethod
@@ -273,6 +273,7 @@ class NF4Linear(nn.Linear):
 
     @property
     def packed(self) -> PackedNF4:
+        "The weight; its tensors are the layer's own"
         scales = self.absmax if self.offset is None else PackedAbsmax(
             self.absmax, self.nested_absmax, self.offset)
         shape = torch.Size((self.out_features, self.in_features))
