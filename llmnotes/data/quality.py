@@ -22,12 +22,13 @@ import numpy as np
 from ..core import pick_device, write_atomic
 from .signals import SIGNALS, STOP_WORDS, compute_signals, signal_table
 
-# %% ../../nbs/23_quality_classifier.ipynb #6c12cdad
+# %% ../../nbs/23_quality_classifier.ipynb #cba0dd88
 def _between(x:np.ndarray, knots:np.ndarray, values:np.ndarray, side:str) -> np.ndarray:
     j = np.searchsorted(knots, x, side)                        # straight lines; left: F(x-)
     a, b = np.maximum(j - 1, 0), np.minimum(j, len(knots) - 1)
     wide = np.where(a == b, 1, knots[b] / 2 - knots[a] / 2)    # halves: 1e308 is a value
-    return values[a] + np.where(a == b, 0, x / 2 - knots[a] / 2) / wide * (values[b] - values[a])
+    t = np.where(a == b, 0, x / 2 - knots[a] / 2) / wide
+    return values[a] + t * (values[b] - values[a])
 
 def _both(below:np.ndarray, up_to:np.ndarray) -> np.ndarray: # one behind the other
     return np.stack([below, up_to], 1).ravel()
@@ -39,8 +40,8 @@ def _counted(x:np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # exact
 
 def _added(parts:list[tuple]) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # knots of all
     x = np.unique(np.concatenate([p[0] for p in parts]))
-    every = [[_between(x, np.repeat(k, 2), _both(*numbers), side) for side in ('left', 'right')]
-             for k, *numbers in parts]
+    lines = [(np.repeat(k, 2), _both(*numbers)) for k, *numbers in parts]
+    every = [[_between(x, *line, side) for side in ('left', 'right')] for line in lines]
     both = np.sort(every, 0).sum(0)                            # in whatever order they come
     both = np.maximum.accumulate(_both(*both))                 # rounding, too, ascends
     return x, both[::2], both[1::2]
@@ -153,7 +154,7 @@ class TDigest:
         if len(x): new.n, new._levels = round(numbers[1][-1]), {0: (x, *numbers)}
         return new
 
-# %% ../../nbs/23_quality_classifier.ipynb #758e620b
+# %% ../../nbs/23_quality_classifier.ipynb #6a98bcc9
 def _blocks(rows:Iterable, size:int=1000) -> Iterator[list]:
     rows = iter(rows)
     while block := list(islice(rows, size)): yield block
@@ -176,7 +177,8 @@ class SignalNormaliser:
     ) -> Any: # A `SignalNormaliser`
         "One digest a signal"
         if unknown := set(names) - set(SIGNALS):
-            raise ValueError(f'signal {min(unknown)!r} is unknown; known are {", ".join(SIGNALS)}')
+            raise ValueError(f'signal {min(unknown)!r} is unknown; known are '
+                             f'{", ".join(SIGNALS)}')
         digests = {n: TDigest(delta) for n in names}
         for block in _blocks(rows):
             for name, column in _columns(block, names).items(): digests[name].add(column)
@@ -220,10 +222,10 @@ class SignalNormaliser:
 
 def _columns(rows:list, names:Sequence[str]) -> dict[str, np.ndarray]: # NaN: missing
     if missing := [n for n in names if any(n not in row for row in rows)]:
-        raise ValueError(f'a row has no signal {missing[0]!r}; rows come from compute_signals')
+        raise ValueError(f'a row has no signal {missing[0]!r}; compute_signals makes rows')
     return signal_table({n: row[n] for n in names} for row in rows)
 
-# %% ../../nbs/23_quality_classifier.ipynb #eb18d2a7
+# %% ../../nbs/23_quality_classifier.ipynb #5016c802
 def _sigmoid(z:np.ndarray) -> np.ndarray: return .5 * (1 + np.tanh(z / 2))
 
 def _checked(x:Any, y:Any) -> tuple[np.ndarray, np.ndarray]: # float64 and 0 or 1
@@ -244,7 +246,8 @@ def fit_logistic(
     "Logistic regression by Newton's method"
     x, y = _checked(x, y)
     if not l2 > 0: raise ValueError(f'l2 is {l2}; it must be above 0')
-    z, penalty = np.column_stack([x, np.ones(len(x))]), np.append(np.full(x.shape[1], l2), 0)
+    z = np.column_stack([x, np.ones(len(x))])
+    penalty = np.append(np.full(x.shape[1], l2), 0)
     def loss(w:np.ndarray) -> float:
         return np.logaddexp(0, np.where(y, -1, 1) * (z @ w)).sum() + penalty @ w**2 / 2
     w = np.zeros(len(penalty))
@@ -257,7 +260,7 @@ def fit_logistic(
         w = w - step
     return w[:-1], float(w[-1])
 
-# %% ../../nbs/23_quality_classifier.ipynb #5e3a013e
+# %% ../../nbs/23_quality_classifier.ipynb #ca55d35f
 def _scored(y:Any, p:Any) -> tuple[np.ndarray, np.ndarray]:
     p, y = _checked(np.reshape(p, (-1, 1)), y)
     return y, p[:, 0]
@@ -281,7 +284,7 @@ def reliability(
     "The reliability curve"
     y, p = _scored(y, p)
     if p.min() < 0 or p.max() > 1:
-        raise ValueError(f'p runs from {p.min():g} to {p.max():g}; probabilities lie in 0 to 1')
+        raise ValueError(f'p runs from {p.min():g} to {p.max():g}; it must lie in 0 to 1')
     at = np.minimum((p * bins).astype(int), bins - 1)
     n, p_sum, y_sum = (np.bincount(at, w, bins) for w in (None, p, y))
     return np.stack([p_sum, y_sum, n], 1)[n > 0] / np.stack([n, n, n * 0 + 1], 1)[n > 0]
@@ -321,7 +324,7 @@ def permutation_importance(
             lost[column, i] = whole - roc_auc(y, predict(other))
     return lost
 
-# %% ../../nbs/23_quality_classifier.ipynb #f7b1af67
+# %% ../../nbs/23_quality_classifier.ipynb #a6968eaf
 class QualityClassifier:
     "p(good) of a document, from the ranks of its signals"
     def __init__(self,
@@ -344,7 +347,7 @@ class QualityClassifier:
         if kind not in ('logistic', 'boosted'):
             raise ValueError(f'kind {kind!r} is unknown; it is logistic or boosted')
         rows = _rows(documents)
-        if len(rows) < 10: raise ValueError(f'{len(rows)} documents are too few: 10 or more')
+        if len(rows) < 10: raise ValueError(f'{len(rows)} documents are too few: take 10')
         normaliser = SignalNormaliser.fit(rows, names)
         x, y = _checked(normaliser.transform(rows), y)
         if kind == 'logistic': return cls(normaliser, fit_logistic(x, y, l2))
@@ -363,7 +366,7 @@ class QualityClassifier:
         documents:Iterable, # Texts, or rows of `compute_signals`; streamed
     ) -> np.ndarray: # (n,)
         "p(good) of documents"
-        if isinstance(documents, str): raise ValueError('documents is one string; pass a list')
+        if isinstance(documents, str): raise ValueError('documents is one string, no list')
         parts = (self.probability(self.normaliser.transform(_rows(block)))
                  for block in _blocks(documents) if block)
         return np.concatenate([np.empty(0), *parts])
@@ -392,13 +395,14 @@ class QualityClassifier:
         if len(model['weight']) != len(saved):
             raise ValueError(f'{folder} holds {len(saved)} signals and '
                              f'{len(model["weight"])} weights')
-        return cls(SignalNormaliser.from_dict(saved), (model['weight'], float(model['bias'][0])))
+        bias = float(model['bias'][0])
+        return cls(SignalNormaliser.from_dict(saved), (model['weight'], bias))
 
 def _rows(documents:Iterable) -> list[Mapping[str, list]]: # signals, computed for texts
     return [compute_signals(d, stop_words=STOP_WORDS['en']) if isinstance(d, str) else d
             for d in documents]
 
-# %% ../../nbs/23_quality_classifier.ipynb #47aa3c34
+# %% ../../nbs/23_quality_classifier.ipynb #46662d02
 def _grams(data:bytes, n:int) -> np.ndarray: # (len - n + 1,) uint64: n bytes in each
     codes = np.frombuffer(data, np.uint8).astype(np.uint64)
     if len(codes) < n: raise ValueError(f'{len(codes)} bytes are too few for runs of {n}')
@@ -437,23 +441,24 @@ class ByteProxy:
         for n, (gram, seen, context, total, kinds) in enumerate(self.tables, 1):
             part = last & np.uint64(256**n - 1)
             before = part >> np.uint64(8)
-            s, all_seen = _value_at(context, kinds, before), _value_at(context, total, before)
+            s, all_seen = (_value_at(context, v, before) for v in (kinds, total))
             own = (_value_at(gram, seen, part) + s * p) / np.maximum(all_seen + s, 1)
-            p = np.where(all_seen > 0, own, p)                 # an unknown context: as before
+            p = np.where(all_seen > 0, own, p)             # an unknown context: as before
         return -np.log2(p)
 
-# %% ../../nbs/23_quality_classifier.ipynb #4c563894
+# %% ../../nbs/23_quality_classifier.ipynb #c95bb876
 def keep_above(
     p:Any, # (n,) p(good)
     threshold:float,
 ) -> np.ndarray: # Indices, ascending
     "Documents with p(good) at or above a threshold"
     p = np.asarray(p, float)
-    if np.isnan(p).any(): raise ValueError(f'p(good) of document {np.isnan(p).argmax()} is NaN')
+    if np.isnan(p).any():
+        raise ValueError(f'p(good) of document {np.isnan(p).argmax()} is NaN')
     kept = np.flatnonzero(p >= threshold)
     if not len(kept):
-        raise ValueError(f'threshold {threshold:g} keeps nothing of {len(p)} documents; the '
-                         f'largest p(good) is {p.max(initial=0):g}')
+        raise ValueError(f'threshold {threshold:g} keeps nothing of {len(p)} documents; '
+                         f'the largest p(good) is {p.max(initial=0):g}')
     return kept
 
 def choose_threshold(
@@ -461,27 +466,29 @@ def choose_threshold(
 ) -> float: # One of the thresholds
     "The loosest threshold within one standard error of the lowest mean loss"
     if not losses or min(map(len, losses.values())) < 2:
-        raise ValueError('losses must hold at least one threshold, each with two seeds or more')
+        raise ValueError('losses need at least one threshold, each two seeds or more')
     mean = {t: float(np.mean(r)) for t, r in losses.items()}
-    if not np.isfinite(list(mean.values())).all(): raise ValueError('a loss is not finite')
+    if not np.isfinite([*mean.values()]).all(): raise ValueError('a loss is not finite')
     best = min(mean, key=mean.get)
     error = np.std(losses[best], ddof=1) / len(losses[best])**.5
     return min(t for t in mean if mean[t] <= mean[best] + error)
 
-# %% ../../nbs/23_quality_classifier.ipynb #1651ab85
+# %% ../../nbs/23_quality_classifier.ipynb #24df296a
 RUBRIC = { # What a lesson has, and by which words it is known here
     'example': r'>>>|\bfor (?:example|instance)\b|\be\.g\.|\bexamples?\b',
     'reason': r'\b(?:because|since|therefore|so that|in order to|otherwise|hence)\b',
     'definition': r'\b(?:is|are) (?:an?|the)\b|\bmeans\b|\brefers? to\b|\brepresents?\b',
-    'advice': r'\b(?:note that|should|instead|rather than|unlike|useful|usually|avoid)\b',
-    'explanation': r'(?s)(?:[A-Z](?:[^.!?]*?\s){8,}[^.!?\s]*[.!?]\s.*?){3}'}
+    'advice': r'\b(?:note that|should|instead|rather than|unlike|useful|usually|avoid)\b'}
 
 def educational_points(
     text:str,
-) -> dict[str, bool]: # One entry for each of `RUBRIC`
+) -> dict[str, bool]: # Of `RUBRIC`; explanation: three sentences of eight words or more
     "Which marks of a lesson does the text have?"
-    return {name: bool(re.search(pattern, text, 0 if name == 'explanation' else re.I))
-            for name, pattern in RUBRIC.items()}
+    found = {name: bool(re.search(words, text, re.I)) for name, words in RUBRIC.items()}
+    sentences = re.split(r'(?<=[.!?])\s', text)
+    long = [s for s in sentences if s[:1].isupper() and s.rstrip()[-1:] in '.!?'
+            and len(s.split()) >= 8]
+    return found | dict(explanation=len(long) >= 3)
 
 def fit_educational(
     texts:Sequence[str], # With labels; a few dozen will do
@@ -496,12 +503,12 @@ def fit_educational(
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline
-    if len(texts) < 10: raise ValueError(f'{len(texts)} labelled texts are too few: 10 or more')
+    if len(texts) < 10: raise ValueError(f'{len(texts)} labelled texts are too few')
     _, y = _checked(np.zeros((len(texts), 1)), y)
     everything = [*texts, *unlabelled]
-    embed = make_pipeline(
-        TfidfVectorizer(sublinear_tf=True, max_features=20_000, min_df=2),
-        TruncatedSVD(min(n_components, len(everything) // 4), random_state=seed)).fit(everything)
+    svd = TruncatedSVD(min(n_components, len(everything) // 4), random_state=seed)
+    terms = TfidfVectorizer(sublinear_tf=True, max_features=20_000, min_df=2)
+    embed = make_pipeline(terms, svd).fit(everything)
     forest = RandomForestClassifier(200, min_samples_leaf=2, random_state=seed)
     forest.fit(embed.transform(texts), y)
     return lambda new: forest.predict_proba(embed.transform(new))[:, 1]
