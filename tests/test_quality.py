@@ -160,7 +160,10 @@ def test_importance_is_that_of_the_columns_that_are_used() -> None:
     r = np.random.default_rng(9)
     x = r.random((400, 3))
     y = x[:, 1] > .5
-    lost = permutation_importance(lambda a: a[:, 1], x, y, 4)
+    def predict(a:np.ndarray) -> np.ndarray:
+        assert np.array_equal(np.sort(a, 0), np.sort(x, 0))        # each column keeps its own values
+        return a[:, 1]
+    lost = permutation_importance(predict, x, y, 4)
     assert lost.shape == (3, 4) and (lost[[0, 2]] == 0).all() and (lost[1] > .4).all()
 
 
@@ -193,8 +196,8 @@ def test_logistic_classifier_is_saved_without_a_pickle(tmp_path:object) -> None:
     saved = json.loads((tmp_path/'model/quality.json').read_text())
     saved.pop('rps_doc_word_count')
     (tmp_path/'model/quality.json').write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="26 signals and 27 weights"):
-        QualityClassifier.from_pretrained(tmp_path/"model")
+    with pytest.raises(ValueError, match='26 signals and 27 weights'):
+        QualityClassifier.from_pretrained(tmp_path/'model')
 
 
 @pytest.mark.parametrize('do, said', [
@@ -208,9 +211,10 @@ def test_logistic_classifier_is_saved_without_a_pickle(tmp_path:object) -> None:
     (lambda t, y: SignalNormaliser.fit([]), 'no documents'),
     (lambda t, y: fit_logistic([[1.], [np.nan]], [0, 1]), 'NaN'),
     (lambda t, y: fit_logistic([[1.], [2.]], [0, 1], -1), 'l2 is -1'),
+    (lambda t, y: fit_logistic([[1.], [2.]], [0, 1], max_steps=1), 'no minimum after 1 steps'),
     (lambda t, y: roc_auc([0, 0], [.1, .2]), 'both 0 and 1'),
     (lambda t, y: roc_auc([0, 1], [.1, np.nan]), 'NaN'),
-    (lambda t, y: reliability([0, 1], [-.1, .2]), 'probabilities lie in 0 to 1'),
+    (lambda t, y: reliability([0, 1], [-.1, .2]), 'must lie in 0 to 1'),
     (lambda t, y: keep_above([.1, .2], .5), 'keeps nothing of 2 documents'),
     (lambda t, y: keep_above([.1, np.nan], .5), 'document 1 is NaN'),
     (lambda t, y: keep_above([], .5), 'keeps nothing of 0'),
