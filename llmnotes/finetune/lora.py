@@ -24,7 +24,7 @@ from ..core import write_atomic
 from .formats import CHAT_TEMPLATE, SPECIALS, pad_batch
 from ..model import Transformer
 
-# %% ../../nbs/42_lora.ipynb #3e1a80eb
+# %% ../../nbs/42_lora.ipynb #a547e0ea
 class LoRALinear(nn.Module):
     "A frozen linear layer, and beside it a trained change of rank `r`"
     def __init__(self,
@@ -41,9 +41,9 @@ class LoRALinear(nn.Module):
         weight = base_layer.weight
         self.quantised = weight.shape != (base_layer.out_features, base_layer.in_features) \
             or not weight.is_floating_point()
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        like = dict(device=weight.device, dtype=dtype)
+        if use_dora: self._check_plain(weight)
         self.base_layer = base_layer.requires_grad_(False)
+        like = dict(device=weight.device, dtype=_precise(weight))
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
         self.scaling = alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = nn.Dropout(dropout)
@@ -70,7 +70,7 @@ class LoRALinear(nn.Module):
             c = self.magnitude / self.row_norms()                # (n_out,), 1 at the start
             bare = y if self.bias is None else y - self.bias
             y = (y + (c - 1) * bare + c * self.scaling * (low @ B.T)).to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def delta(self) -> Tensor: # (n_out, n_in), what is added to the weight
         return self.scaling * self.lora_B @ self.lora_A
@@ -80,10 +80,13 @@ class LoRALinear(nn.Module):
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return (self._plain_weight() + self.delta()).norm(dim=1)
 
-    def _plain_weight(self) -> Tensor:
+    def _check_plain(self, weight:Tensor) -> None:
         if self.quantised:
-            raise ValueError(f'the weight is stored as {self.weight.dtype}: neither DoRA '
+            raise ValueError(f'the weight is stored as {weight.dtype}: neither DoRA '
                              'nor merging can use it; load the base unquantised')
+
+    def _plain_weight(self) -> Tensor:
+        self._check_plain(self.weight)
         return self.weight.to(self.lora_A.dtype)
 
     @torch.no_grad()
@@ -104,6 +107,9 @@ class LoRALinear(nn.Module):
         if self.magnitude is not None: old = old / self._shrink
         self.weight.copy_(old - self.delta()); self.merged = False
 
+def _precise(weight:Tensor) -> torch.dtype: # of what is trained, whatever the base is kept in
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
 def _check_rank(layer:nn.Linear, r:int, dropout:float, name:str='the layer') -> None:
     most = min(layer.in_features, layer.out_features)
     if not 1 <= r <= most:
@@ -111,7 +117,7 @@ def _check_rank(layer:nn.Linear, r:int, dropout:float, name:str='the layer') -> 
                          f'its rank can be 1 to {most}')
     if not 0 <= dropout < 1: raise ValueError(f'dropout {dropout} is not in [0, 1)')
 
-# %% ../../nbs/42_lora.ipynb #b5562a94
+# %% ../../nbs/42_lora.ipynb #e50a960f
 class TokenRows(nn.Module):
     "A frozen embedding or output layer of which a few rows are trained"
     def __init__(self,
@@ -126,9 +132,8 @@ class TokenRows(nn.Module):
         if len(set(rows)) < len(rows): raise ValueError(f'rows {list(rows)} name a token twice')
         weight = base_layer.weight
         self.base_layer, self.shared = base_layer.requires_grad_(False), change is not None
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.change = nn.Parameter(torch.zeros(len(rows), C, dtype=dtype, device=weight.device)
-                                   ) if change is None else change
+        like = dict(device=weight.device, dtype=_precise(weight))
+        self.change = nn.Parameter(torch.zeros(len(rows), C, **like)) if change is None else change
         ids = torch.tensor(rows, device=weight.device)
         slot = torch.full((V,), len(rows), device=weight.device)
         slot[ids] = torch.arange(len(rows), device=weight.device)
@@ -198,7 +203,7 @@ def _put(model:nn.Module, name:str, layer:nn.Module) -> None:
     parent, _, last = name.rpartition('.')
     setattr(model.get_submodule(parent), last, layer)
 
-# %% ../../nbs/42_lora.ipynb #8613e535
+# %% ../../nbs/42_lora.ipynb #43999546
 def add_lora(
     model:nn.Module, # Ours, of transformers, or any with linear layers; changed in place
     r:int=8, # Rank
@@ -221,11 +226,9 @@ def add_lora(
         new = {n: LoRALinear(m, r, alpha, dropout=dropout, use_rslora=use_rslora,
                              use_dora=use_dora) for n, m in layers.items()}
     model.requires_grad_(False)
-    for part in new.values():
-        for p in part.parameters(): p.requires_grad_(True)
-        part.base_layer.requires_grad_(False)
-    for name, layer in (new | ends).items(): _put(model, name, layer)
-    for layer in ends.values(): layer.change.requires_grad_(True)
+    for name, layer in (new | ends).items():
+        _put(model, name, layer)
+        for p in layer.parameters(recurse=False): p.requires_grad_(True)
     return model
 
 def _wrapped(model:nn.Module) -> dict[str, nn.Module]: # the layers that this notebook made
