@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmnotes.finetune.lora import (LoRALinear, TokenRows, add_lora, answer_logprobs,
@@ -141,7 +142,9 @@ def test_half_precision(dora) -> None:
     layer = filled(LoRALinear(nn.Linear(32, 24), 4, use_dora=dora), .1)
     x = torch.randn(2, 5, 32)
     want = layer(x)
+    norms = layer.row_norms()
     with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(layer.row_norms(), norms)         # in full precision all the same
         y = layer(x)
         y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and (y - want).abs().max() < .05 * want.abs().max()
@@ -150,6 +153,14 @@ def test_half_precision(dora) -> None:
     half.load_state_dict({k: v for k, v in layer.state_dict().items() if 'base' not in k}, strict=False)
     assert half.lora_A.dtype == torch.float32 and half(x.bfloat16()).dtype == torch.bfloat16
     assert (half(x.bfloat16()) - want).abs().max() < .05 * want.abs().max()
+
+
+def test_dora_by_its_definition() -> None:
+    torch.manual_seed(0)
+    layer, x = filled(LoRALinear(nn.Linear(7, 5), 2, use_dora=True)), torch.randn(3, 7)
+    whole = layer.weight + layer.delta()
+    want = F.linear(x, layer.magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True), layer.bias)
+    assert layer.bias.abs().max() > .01 and torch.allclose(layer(x), want, atol=1e-5)
 
 
 @pytest.mark.parametrize('shape', [(7,), (0, 7), (2, 3, 7), (2, 2, 3, 7)], ids=str)
@@ -193,7 +204,8 @@ REFUSED = {
     'unknown target': (dict(target_modules=['q_proj', 'query']), "'query' matches no .* down_proj, gate"),
     'unknown regex': (dict(target_modules='query'), "'query' matches no"),
     'no target': (dict(target_modules=[]), 'matches no'),
-    'rank above': (dict(r=17), 'rank 17: .* is 16 x 16, its rank can be 1 to 16'),
+    'rank above': (dict(r=17), 'rank 17: layers.0.* is 16 x 16, its rank can be 1 to 16'),
+    'rank above the second': (dict(r=9), 'rank 9: layers.0.*k_proj is 8 x 16'),
     'rank zero': (dict(r=0), 'rank 0'), 'dropout': (dict(dropout=1.), r'dropout 1.0 is not in \[0, 1\)'),
     'row outside': (dict(rows=[V]), f'row {V} is outside'), 'row twice': (dict(rows=[1, 1]), 'twice')}
 
@@ -288,6 +300,19 @@ def test_a_rounded_base_is_the_same_base(base, adapter) -> None:
     load_adapter(ours(base).bfloat16(), adapter)
 
 
+def test_a_folder_without_its_config_is_no_adapter(base, adapter, monkeypatch) -> None:
+    "Cut off between the two files, old settings must not stand beside new weights"
+    import llmnotes.finetune.lora as module
+    write, written = module.write_atomic, []
+
+    def dies(path, data):
+        if written: raise KeyboardInterrupt
+        written.append(write(path, data))
+    monkeypatch.setattr(module, 'write_atomic', dies)
+    with pytest.raises(KeyboardInterrupt): save_adapter(add_lora(ours(base), 2, 4), adapter)
+    assert not (adapter/'adapter_config.json').exists()
+
+
 def test_file_is_whole_or_as_it_was(base, adapter, monkeypatch) -> None:
     import llmnotes.finetune.lora as module
     model, old = add_lora(ours(base), 2, 4), (adapter/'adapter_model.safetensors').read_bytes()
@@ -323,6 +348,12 @@ def test_quantised_base_trains_and_does_not_merge(base) -> None:
     with pytest.raises(ValueError, match='neither DoRA nor merging'): merge_lora(model)
     with pytest.raises(ValueError, match='neither DoRA nor merging'):
         LoRALinear(model.model.layers[0].mlp.up_proj.base_layer, 2, use_dora=True)
+
+
+def test_packed_weight_of_a_floating_type() -> None:
+    layer = nn.Linear(8, 6)                                  # as bitsandbytes' quant_storage packs
+    layer.weight = nn.Parameter(torch.zeros(12, 1, dtype=torch.bfloat16), requires_grad=False)
+    with pytest.raises(ValueError, match='neither DoRA nor merging'): LoRALinear(layer, 2).merge()
 
 
 def test_scores_of_our_model_are_those_of_transformers(base) -> None:
