@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from llmnotes.core import cpu_has_bf16, peak_memory, pick_device, set_seed
 from llmnotes.finetune.lora import add_lora, save_adapter
 
-SHAPE = dict(vocab_size=4096, num_hidden_layers=6, hidden_size=384, num_attention_heads=6,
-             num_key_value_heads=6, intermediate_size=1024, max_position_embeddings=512)
-BATCH = dict(B=8, T=256)
+SHAPE = dict(vocab_size=4096, num_hidden_layers=6, hidden_size=256, num_attention_heads=4,
+             num_key_value_heads=4, intermediate_size=704, max_position_embeddings=512)
+BATCH = dict(B=4, T=128)
 KINDS = {'LoRA': {}, 'DoRA': dict(use_dora=True)}
 
 
