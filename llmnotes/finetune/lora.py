@@ -117,7 +117,7 @@ def _check_rank(layer:nn.Linear, r:int, dropout:float, name:str='the layer') -> 
                          f'its rank can be 1 to {most}')
     if not 0 <= dropout < 1: raise ValueError(f'dropout {dropout} is not in [0, 1)')
 
-# %% ../../nbs/42_lora.ipynb #e50a960f
+# %% ../../nbs/42_lora.ipynb #a53d1ba3
 class TokenRows(nn.Module):
     "A frozen embedding or output layer of which a few rows are trained"
     def __init__(self,
@@ -129,11 +129,13 @@ class TokenRows(nn.Module):
         V, C = base_layer.weight.shape
         if wrong := [i for i in rows if not 0 <= i < V]:
             raise ValueError(f'row {wrong[0]} is outside of 0 to {V - 1}')
-        if len(set(rows)) < len(rows): raise ValueError(f'rows {list(rows)} name a token twice')
+        if len(set(rows)) < len(rows):
+            raise ValueError(f'rows {list(rows)} name a token twice')
         weight = base_layer.weight
         self.base_layer, self.shared = base_layer.requires_grad_(False), change is not None
         like = dict(device=weight.device, dtype=_precise(weight))
-        self.change = nn.Parameter(torch.zeros(len(rows), C, **like)) if change is None else change
+        fresh = change is None
+        self.change = nn.Parameter(torch.zeros(len(rows), C, **like)) if fresh else change
         ids = torch.tensor(rows, device=weight.device)
         slot = torch.full((V,), len(rows), device=weight.device)
         slot[ids] = torch.arange(len(rows), device=weight.device)
@@ -292,7 +294,7 @@ def lora_parameters(
     if r < 1: raise ValueError(f'the rank is {r}; it is 1 at least')
     return sum(r * (n_in + n_out) for n_out, n_in in shapes) + rows * width
 
-# %% ../../nbs/42_lora.ipynb #55570fc1
+# %% ../../nbs/42_lora.ipynb #7b0a63a9
 @torch.no_grad()
 def answer_logprobs(
     model:nn.Module, # A causal language model: ours, or of transformers
@@ -307,7 +309,8 @@ def answer_logprobs(
         some = order[at:at + batch_size]
         batch = pad_batch([rows[i] for i in some], 0)        # unseen: it is on the right
         ids, labels = batch['input_ids'].to(device), batch['labels'][:, 1:].to(device)
-        if isinstance(model, Transformer): hidden, head = model.hidden_states(ids), model.logits
+        if isinstance(model, Transformer):
+            hidden, head = model.hidden_states(ids), model.logits
         else: hidden, head = (model.base_model(input_ids=ids).last_hidden_state,
                               model.get_output_embeddings())
         learnt = labels != -100
@@ -317,8 +320,9 @@ def answer_logprobs(
         for i, part in zip(some, parts): out[i] = part.astype(np.float64)
     return out
 
-# %% ../../nbs/42_lora.ipynb #642643df
-_KINDS = dict(lora_A='lora_A.weight', lora_B='lora_B.weight', magnitude='lora_magnitude_vector')
+# %% ../../nbs/42_lora.ipynb #07c682a5
+_KINDS = dict(lora_A='lora_A.weight', lora_B='lora_B.weight',
+              magnitude='lora_magnitude_vector')
 
 def _places(model:nn.Module) -> dict[str, tuple[nn.Parameter, Tensor|None]]:
     out = {}                                 # key in the file: parameter, what it is added to
@@ -376,9 +380,9 @@ def save_adapter(
     write_atomic(folder/'adapter_config.json', json.dumps(config, indent=2) + '\n')
     return folder
 
-# %% ../../nbs/42_lora.ipynb #96a42750
-_UNREAD = ('rank_pattern', 'alpha_pattern', 'modules_to_save', 'layers_to_transform', 'lora_bias',
-           'fan_in_fan_out', 'exclude_modules', 'target_parameters', 'layer_replication',
+# %% ../../nbs/42_lora.ipynb #07453117
+_UNREAD = ('rank_pattern', 'alpha_pattern', 'modules_to_save', 'layers_to_transform',
+           'lora_bias', 'fan_in_fan_out', 'exclude_modules', 'target_parameters', 'layer_replication',
            'alora_invocation_tokens', 'use_qalora', 'use_bdlora', 'arrow_config')
 
 def _read_adapter(folder:Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
