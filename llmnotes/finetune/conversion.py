@@ -38,13 +38,13 @@ class Conversation:
         if self.chosen is not None or self.rejected is not None: return 'ranking'
         return 'sft' if self.label is None else 'kto'
 
-# %% ../../nbs/47_instruction_formats.ipynb #aa0c1eaa
+# %% ../../nbs/47_instruction_formats.ipynb #86e68b62
 _AFTER = {'': ('user',), 'user': ('assistant',), 'assistant': ('user',), # Who speaks after
           'call': ('tool',), 'tool': ('tool', 'assistant')}
 
 def _required(tool:dict[str, Any]) -> list[str]: # arguments that a call must give
     needed = (tool.get('parameters') or {}).get('required')
-    return needed if isinstance(needed, list) else []
+    return [k for k in needed if isinstance(k, str)] if isinstance(needed, list) else []
 
 def _check_call(call:Any, tools:Sequence[dict[str, Any]], where:str) -> None:
     if not isinstance(call, dict) or not isinstance(call.get('name'), str) \
@@ -67,13 +67,13 @@ def _check_message(m:Any, tools:Sequence[dict[str, Any]], where:str) -> str: # i
         raise ValueError(f'{where} has role {role!r}; it is user, assistant or tool')
     if not isinstance(content, str) or not (content.strip() or calls or role == 'tool'):
         raise ValueError(f'{where} of the {role} is empty: content is {content!r}')
-    if 'tool_calls' in m and (role != 'assistant' or not calls or not isinstance(calls, list)):
+    if 'tool_calls' in m and not (role == 'assistant' and calls and isinstance(calls, list)):
         raise ValueError(f'{where} of the {role} has tool_calls {calls!r:.60}; '
                          'they are a list, and the assistant makes them')
     for call in calls or (): _check_call(call, tools, where)
     return 'call' if calls else role
 
-# %% ../../nbs/47_instruction_formats.ipynb #2c3299f6
+# %% ../../nbs/47_instruction_formats.ipynb #c72afdbc
 def validate(
     talk:Conversation,
 ) -> Conversation: # The same
@@ -83,7 +83,7 @@ def validate(
         if not isinstance(tool, dict) or not isinstance(tool.get('name'), str):
             raise ValueError(f'tool {tool!r:.60} has no name')
         if not isinstance(tool.get('parameters') or {}, dict):
-            raise ValueError(f'tool {tool["name"]} has parameters {tool["parameters"]!r:.60}')
+            raise ValueError(f'{tool["name"]} has parameters {tool["parameters"]!r:.60}')
     if not isinstance(talk.system, str): raise ValueError(f'system is {talk.system!r:.60}')
     before, open_calls = '', 0
     for n, m in enumerate(talk.messages):
@@ -115,7 +115,7 @@ def _check_end(talk:Conversation, last:str) -> None:
             raise ValueError(f'{side} is of the {m["role"]}')
     if talk.chosen == talk.rejected: raise ValueError('chosen and rejected are the same')
 
-# %% ../../nbs/47_instruction_formats.ipynb #445b6de9
+# %% ../../nbs/47_instruction_formats.ipynb #0afa2293
 def _object(text:Any, what:str) -> Any: # JSON that may be in a string
     if not isinstance(text, str): return text
     try: return json.loads(text)
@@ -133,7 +133,8 @@ def _message(role:str, content:Any, **more:Any) -> dict[str, Any]:
 def _read_alpaca(row:dict[str, Any]) -> tuple[dict[str, Any], set[str]]: # and what was used
     known, more = {'instruction', 'system', 'history'}, row.get('input') or ''
     pairs = row.get('history') or []
-    if not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+    paired = isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs)
+    if not paired:
         raise ValueError(f'history is {pairs!r:.60}, not a list of pairs')
     for key in ('instruction', 'input'):
         if not isinstance(row.get(key, ''), str | None):
@@ -332,7 +333,7 @@ def _write_chatml(talk:Conversation) -> dict[str, Any]:
     if more := _more_keys(talk, ('role', 'content')): _no(talk, 'chatml', **{more[0]: True})
     return dict(text=render_chat(_write_messages(talk)['messages']))
 
-# %% ../../nbs/47_instruction_formats.ipynb #3b5e3775
+# %% ../../nbs/47_instruction_formats.ipynb #5914a8dd
 def write_format(
     talk:Conversation,
     format:str, # One of `FORMATS`
@@ -347,10 +348,11 @@ def write_format(
     for key, value in talk.rest.items():
         if key in known and row.get(key) != value:
             why = 'has another there' if key in row else 'would be mistaken'
-            raise ValueError(f'field {key!r} is {value!r:.40} in the source, and {format} {why}')
+            raise ValueError(f'field {key!r} is {value!r:.40} in the source, '
+                             f'and {format} {why}')
     return row | talk.rest
 
-# %% ../../nbs/47_instruction_formats.ipynb #64a814fb
+# %% ../../nbs/47_instruction_formats.ipynb #803d58da
 def _elements(path:Path, piece:int=1 << 16, most:int=1 << 26) -> Iterator[Any]: # of a list
     decode, space = json.JSONDecoder().raw_decode, re.compile(r'[\s,]*')
     with open(path, encoding='utf-8-sig') as file:
@@ -360,19 +362,21 @@ def _elements(path:Path, piece:int=1 << 16, most:int=1 << 26) -> Iterator[Any]: 
             at = space.match(buffer, at).end()
             if buffer[at:at + 1] == ']': return
             try: value, end = decode(buffer, at)
-            except ValueError: end = None
-            if end is None or end == len(buffer):                      # perhaps cut in two
+            except ValueError: end = len(buffer)
+            behind = re.compile(r'\s*[,\]]').match(buffer, end)
+            if not behind:                                   # perhaps cut in two, 1.5 before e7
                 more = file.read(max(piece, len(buffer) - at))         # linear
                 buffer, at = buffer[at:] + more, 0
                 if not more or len(buffer) > most:
-                    raise ValueError(f'{path.name}, row {wait + 1} has no end: {buffer[:40]!r}')
+                    raise ValueError(f'{path.name}, row {wait + 1} has no end: '
+                                     f'{buffer[:40]!r}')
                 continue
             yield value
             wait, at = wait + 1, end
 
 def read_rows(
     path:str|os.PathLike, # `.jsonl`, or `.json` with one list
-) -> Iterator[tuple[int, Any]]: # Number from 1, and the row; a ValueError where it is no JSON
+) -> Iterator[tuple[int, Any]]: # Number from 1, and the row; a ValueError if it is no JSON
     "Rows of a file, one at a time"
     path = Path(path)
     with open(path, encoding='utf-8-sig') as file: first = file.read(256).lstrip()[:1]
@@ -421,7 +425,7 @@ def convert(
     finally: Path(name).unlink(missing_ok=True)
     return report
 
-# %% ../../nbs/47_instruction_formats.ipynb #f39cb16e
+# %% ../../nbs/47_instruction_formats.ipynb #d8777fed
 def _json(x:Any) -> str: # no mark can stand in it
     return json.dumps(x, ensure_ascii=False).replace('<', '\\u003c')
 
@@ -456,7 +460,8 @@ def plain_messages(
     out = [_message('system', '\n\n'.join(head))] if head else []
     for m in talk.messages:
         if m['role'] != 'tool' and re.search('</?tool_(call|response)>', m['content']):
-            raise ValueError(f'the {m["role"]} writes a mark of tools: {m["content"]!r:.60}')
+            raise ValueError(f'the {m["role"]} writes a mark of tools: '
+                             f'{m["content"]!r:.60}')
         text = '\n'.join(filter(None, [m['content'], call_text(m.get('tool_calls') or ())]))
         role, joined = m['role'], out and out[-1]['role'] == 'user'
         if role == 'tool':

@@ -28,7 +28,7 @@ def keep_turns(
     labels = [y if k else ignore_index for y, k in zip(row['labels'], keep)]
     return row | dict(labels=labels)
 
-# %% ../../nbs/48_instruction_packing.ipynb #24963534
+# %% ../../nbs/48_instruction_packing.ipynb #dce7affa
 def read_dialogue(
     row:dict[str, Any], # Of DialogStudio: `log`, of `user utterance` and `system response`
 ) -> list[dict[str, str]]: # Messages, ending with an answer
@@ -37,7 +37,8 @@ def read_dialogue(
         raise ValueError(f'a dialogue has a log of turns, got {row!r:.60}')
     messages = []
     for n, turn in enumerate(row['log']):
-        said = [str(turn.get(k) or '').strip() for k in ('user utterance', 'system response')]
+        fields = ('user utterance', 'system response')
+        said = [str(turn.get(k) or '').strip() for k in fields]
         if not all(said):
             if n + 1 == len(row['log']): break               # ends with an open question
             raise ValueError(f'turn {n} of {len(row["log"])} has no words of the '

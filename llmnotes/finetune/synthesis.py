@@ -20,7 +20,7 @@ import numpy as np
 from ..corpus import Document
 from .formats import first_sentence, why_unfit
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #b64e623a
+# %% ../../nbs/49_instruction_synthesis.ipynb #34822f40
 REFUSALS = { # Name -> expression; written for answers, not for questions
     'as a model': r"\bas an? (ai|artificial|(large )?language model|virtual assistant)\b|"
                   r"\b(i am|i'm) (just |only )?an? (ai|(large )?language model)\b",
@@ -28,7 +28,7 @@ REFUSALS = { # Name -> expression; written for answers, not for questions
               r"\b(can('t|not)|unable|not able|won't)\b|"
               r"^\W*(i('m| am) (unable|not able)|i (can('t|not)|won't)) (to )?"
               r"(\w+ ){0,2}(help|assist|provide|fulfil|answer|comply|do|generate|create)",
-    'no access': r"\b(i (do not|don't) have|without) (the )?(access|ability|capability) to\b|"
+    'no access': r"\b(i (do not|don't) have|without) (the )?(access|ability) to\b|"
                  r"\bmy (knowledge|training)( data)? (cut-?off|only goes|ends)",
     'no answer': r'^\W*(n/?a|none|no (output|answer|response)|todo|null|nan)?\W*$'}
 
@@ -39,7 +39,7 @@ def why_refusal(
     text = answer.lower().replace('\u2019', "'")
     return next((name for name, p in REFUSALS.items() if re.search(p, text)), '')
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #8af69051
+# %% ../../nbs/49_instruction_synthesis.ipynb #6e57da71
 def keep_distinct(
     x:np.ndarray, # (n, C) unit rows; a row of zeros is like nothing
     threshold:float=.95, # Cosine from which on two are the same
@@ -49,7 +49,7 @@ def keep_distinct(
     "Drop each row that is near an earlier one which stayed"
     x = np.asarray(x, np.float32)
     length = np.linalg.norm(x, axis=1)
-    if (bad := np.flatnonzero((abs(length - 1) > 1e-3) & (length != 0))).size or x.ndim != 2:
+    if (bad := np.flatnonzero((abs(length - 1) > 1e-3) & (length != 0))).size:
         raise ValueError(f'rows have length 1; row {bad[0]} has {length[bad[0]]:.3g}')
     if not -1 <= threshold <= 1: raise ValueError(f'a cosine of {threshold} cannot be')
     kept = np.zeros(0, int)
@@ -64,18 +64,20 @@ def keep_distinct(
         kept = np.concatenate([kept, start + np.flatnonzero(fresh)])
     return kept
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #ec72a026
+# %% ../../nbs/49_instruction_synthesis.ipynb #677cfb0c
 def curate(
     rows:Sequence[dict[str, str]], # `question` and `answer`
     embed:Callable[[list[str]], np.ndarray], # Texts -> (n, C) unit rows: `embed_tfidf`
     *,
     count:Callable[[str], int], # Tokens of a text
     top:int|None=None, # Rows that stay, those with the most tokens; default: all
-    threshold:float=.95, # Cosine of questions from which on they are the same
-) -> tuple[list[int], Counter]: # Indices that stay, in the order of the rows; what left, and why
+    threshold:float=.95, # Cosine from which on two rows are the same
+    whole:bool=False, # Compare question and answer? Else the question alone
+) -> tuple[list[int], Counter]: # Indices that stay, ascending; what left, and why
     "Three stages: expressions, near copies, the longest"
     for n, row in enumerate(rows):
-        if missing := [k for k in ('question', 'answer') if not isinstance(row.get(k), str)]:
+        missing = [k for k in ('question', 'answer') if not isinstance(row.get(k), str)]
+        if missing:
             raise ValueError(f'row {n} has no {" and no ".join(missing)}')
     if top is not None and top < 1: raise ValueError(f'top is 1 or more, got {top}')
     left, stay = Counter(), []
@@ -83,7 +85,8 @@ def curate(
         if why := why_refusal(row['answer']): left[f'refusal: {why}'] += 1
         else: stay.append(n)
     if stay:
-        distinct = keep_distinct(embed([rows[n]['question'] for n in stay]), threshold)
+        texts = [rows[n]['question'] + f"\n{rows[n]['answer']}" * whole for n in stay]
+        distinct = keep_distinct(embed(texts), threshold)
         left['near copy'] = len(stay) - len(distinct)
         stay = [stay[i] for i in distinct]
     if top is not None and len(stay) > top:
@@ -120,7 +123,7 @@ def rouge_l(
     x, y = rouge_words(a), rouge_words(b)
     return 2 * lcs_length(x, y) / (len(x) + len(y)) if x and y else 0.
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #75fd9692
+# %% ../../nbs/49_instruction_synthesis.ipynb #1d3f092a
 class RougePool:
     "Texts, and the ROUGE-L of a new one with each of them"
     def __init__(self,
@@ -165,10 +168,11 @@ class RougePool:
                 total = part + carry
                 carry = ((part < u) | (total < part)).astype(np.uint64)
                 state[rows, k] = total | v & ~u
-        zeros = 64 * self.lanes - np.unpackbits(state.view(np.uint8), axis=1).sum(1, dtype=int)
-        return 2 * zeros / np.maximum(1, np.array(self.lengths) + len(words))
+        ones = np.unpackbits(state.view(np.uint8), axis=1).sum(1, dtype=int)
+        total = np.array(self.lengths) + len(words)
+        return 2 * (64 * self.lanes - ones) / np.maximum(1, total)
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #b1756342
+# %% ../../nbs/49_instruction_synthesis.ipynb #0008bfb1
 class Task(NamedTuple):
     "An instruction, what it is applied to, and the answer"
     instruction:str
@@ -181,10 +185,11 @@ def task_prompt(
     "Tasks as a list that asks to be continued"
     shown = [f'Task {n}\nInstruction: {t.instruction}\nInput: {t.input or "<none>"}\n'
              f'Output: {t.output}\n\n' for n, t in enumerate(tasks, 1)]
-    head = 'A list of tasks, all different, for an assistant that reads and writes text.\n\n'
+    head = 'A list of different tasks for an assistant that reads and writes text.\n\n'
     return head + ''.join(shown) + f'Task {len(tasks) + 1}\nInstruction:'
 
-_TASK = re.compile(r'\s*Instruction:\s*(.*?)\s*\nInput:[ \t]*(.*?)\s*\nOutput:[ \t]*(.*?)\s*', re.S)
+_TASK = re.compile(r'(?s)\s*Instruction:\s*(.*?)\s*'
+                   r'\nInput:[ \t]*(.*?)\s*\nOutput:[ \t]*(.*?)\s*')
 
 def parse_tasks(
     text:str, # What the generator wrote behind `task_prompt`
@@ -196,9 +201,9 @@ def parse_tasks(
     found = [_TASK.fullmatch(p) for p in (parts if whole else parts[:-1])]
     return [m and Task(m[1], '' if m[2] == '<none>' else m[2], m[3]) for m in found]
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #0c6394d7
-_IMPOSSIBLE = re.compile(r'(?i)\b(images?|pictures?|photos?|graphs?|plots?|charts?|draw|diagrams?|'
-                         r'videos?|audio|music|maps?|flowcharts?|go to)\b')
+# %% ../../nbs/49_instruction_synthesis.ipynb #35060a81
+_IMPOSSIBLE = re.compile(r'(?i)\b(images?|pictures?|photos?|graphs?|plots?|charts?|draw|'
+                         r'diagrams?|videos?|audio|music|maps?|flowcharts?|go to)\b')
 
 def why_bad_task(
     task:Task,
@@ -227,7 +232,8 @@ def self_instruct(
 ) -> tuple[list[Task], Counter]: # New tasks; what was rejected, and why
     "Grow a pool of tasks from a few"
     if len(seeds) < sum(shots):
-        raise ValueError(f'{len(seeds)} seeds are too few for prompts of {sum(shots)} tasks')
+        raise ValueError(f'{len(seeds)} seeds are too few for prompts '
+                         f'of {sum(shots)} tasks')
     rng, made, said = random.Random(seed), [], Counter()
     pool = RougePool(t.instruction for t in seeds)
     for _ in range(10 * n if rounds is None else rounds):
@@ -242,7 +248,7 @@ def self_instruct(
             if not why: made.append(task); pool.add(task.instruction)
     return made[:n], said
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #0fdee866
+# %% ../../nbs/49_instruction_synthesis.ipynb #1e432ae5
 _FORMS = ( # instruction, input, output; of a documented thing
     ('Explain `{id}` in one sentence.', '', '{what}'),
     ('What would a beginner use `{id}` for?', '', '{what}'),
@@ -268,14 +274,15 @@ def seed_tasks(
         what, (module, _, name) = first_sentence(doc.body), doc.id.rpartition('.')
         if why_unfit(what, words=(6, 30)) or name in seen: continue
         seen.add(name)
-        said = what.split()
-        facts = dict(id=doc.id, what=what, module=module, name=name, n=len(said), first=said[0],
-                     half=' '.join(said[:len(said) // 2]), rest=' '.join(said[len(said) // 2:]),
-                     capitals=what.upper())
-        tasks.append(Task(*(part.format(**facts) for part in _FORMS[len(tasks) % len(_FORMS)])))
+        said, form = what.split(), _FORMS[len(tasks) % len(_FORMS)]
+        middle = len(said) // 2
+        facts = dict(id=doc.id, what=what, module=module, name=name, n=len(said),
+                     first=said[0], capitals=what.upper(), half=' '.join(said[:middle]),
+                     rest=' '.join(said[middle:]))
+        tasks.append(Task(*(part.format(**facts) for part in form)))
     raise ValueError(f'{n} tasks are wanted, the documents give {len(tasks)}')
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #d128e08f
+# %% ../../nbs/49_instruction_synthesis.ipynb #b32c8dc8
 OPERATORS = { # Five ways into depth, one into breadth
     'constrain': 'Add one requirement that an answer has to meet.',
     'deepen': 'Ask for more of what lies behind it: causes, limits, consequences.',
@@ -292,12 +299,14 @@ def evolve_prompt(
 ) -> str: # Ends where the new instruction begins
     "Ask a generator for a harder instruction"
     if operator not in OPERATORS:
-        raise ValueError(f'operator {operator!r} is unknown; it is one of {", ".join(OPERATORS)}')
-    return (f'Rewrite the instruction below. {OPERATORS[operator]} It stays possible to answer, '
-            f'and grows by at most {more} words.\n\n#Given#\n{instruction}\n\n#Rewritten#\n')
+        raise ValueError(f'operator {operator!r} is unknown; '
+                         f'it is one of {", ".join(OPERATORS)}')
+    return (f'Rewrite the instruction below. {OPERATORS[operator]} It stays possible to '
+            f'answer, and grows by at most {more} words.\n\n'
+            f'#Given#\n{instruction}\n\n#Rewritten#\n')
 
-_STOP = frozenset('a an and as at be but by for from i in is it no not of on or so that the '
-                  'this to was with yes you'.split())
+_STOP = frozenset('a an and as at be but by for from i in is it no not of on or so that '
+                  'the this to was with yes you'.split())
 
 def why_eliminated(
     before:str, # Instruction
@@ -308,7 +317,8 @@ def why_eliminated(
 ) -> str: # Empty for a step that counts
     "Why a rewritten instruction is not kept"
     if not after.strip(): return 'empty'
-    if re.search(r'(?i)#(given|rewritten)#|\b(given|rewritten|new) (prompt|instruction)\b', after):
+    marks = r'(?i)#(given|rewritten)#|\b(given|rewritten) (prompt|instruction)\b'
+    if re.search(marks, after):
         return 'repeats the prompt'
     if rouge_l(before, after) >= same: return 'unchanged'
     if 'sorry' in answer.lower() and len(answer.split()) < 80: return 'no answer'
@@ -327,7 +337,7 @@ def evolve(
     *,
     rounds:int=4,
     seed:int=42,
-) -> tuple[list[Evolved], Counter]: # All that were kept, the first ones among them; eliminations
+) -> tuple[list[Evolved], Counter]: # All that were kept; what was not, and why
     "Make instructions harder, round after round"
     rng, said = random.Random(seed), Counter()
     current = [Evolved(i, 0, ()) for i in instructions]
@@ -343,10 +353,11 @@ def evolve(
                 kept.append(current[n])
     return kept, said
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #df094291
+# %% ../../nbs/49_instruction_synthesis.ipynb #e61aef26
 SYSTEMS = ( # Ways to ask for an explanation; the empty one asks for none
     '', 'Think step by step, and give the reasons for your answer.',
-    'Explain as if to a child of five.', 'You are a teacher. Give an answer and show how to check it.',
+    'Explain as if to a child of five.',
+    'You are a teacher. Give an answer and show how to check it.',
     'First write down the steps, then do them, then say the result.',
     'Answer, and name which part of the question each sentence is about.')
 
@@ -362,9 +373,10 @@ def explained(
     system = random.Random(f'{seed}:{question}').choice(SYSTEMS)
     head = [dict(role='system', content=system)] if system else []
     said = f'{trace.strip()}\n{answer}' if system else answer
-    return [*head, dict(role='user', content=question), dict(role='assistant', content=said)]
+    return [*head, dict(role='user', content=question),
+            dict(role='assistant', content=said)]
 
-# %% ../../nbs/49_instruction_synthesis.ipynb #08e59513
+# %% ../../nbs/49_instruction_synthesis.ipynb #7d46b452
 class InstructionSet(NamedTuple):
     "What is known, from memory, about a public set of instructions"
     name:str
@@ -372,32 +384,33 @@ class InstructionSet(NamedTuple):
     language:str
     licence:str # As remembered; see the set's own page
     format:str # As `finetune.conversion` reads it; `other` needs a reader
-    where:str # Id on the hub
+    where:str # Id on the hub; empty where there is no source to name
     verified:bool=False # Have figures and licence been checked?
 
-INSTRUCTION_SETS = {s.name: s for s in (
-    InstructionSet('Stanford Alpaca', 52_002, 'en', 'CC BY-NC 4.0', 'alpaca', 'tatsu-lab/alpaca'),
-    InstructionSet('Alpaca zh', 51_000, 'zh', 'CC BY-NC 4.0', 'alpaca', 'hfl/alpaca_zh_51k'),
-    InstructionSet('Alpaca GPT-4', 52_002, 'en', 'CC BY-NC 4.0', 'alpaca', 'vicgalle/alpaca-gpt4'),
-    InstructionSet('Self-cognition', 90, 'en, zh', 'Apache-2.0', 'alpaca', 'identity.json of LLaMA-Factory'),
-    InstructionSet('Open Assistant', 88_838, 'many', 'Apache-2.0', 'other', 'OpenAssistant/oasst1'),
-    InstructionSet('ShareGPT', 90_000, 'many', 'unclear', 'sharegpt', 'anon8231489123/ShareGPT_Vicuna_unfiltered'),
-    InstructionSet('Guanaco', 534_530, 'many', 'GPL-3.0', 'alpaca', 'JosephusCheung/GuanacoDataset'),
-    InstructionSet('UltraChat', 207_865, 'en', 'MIT', 'messages', 'HuggingFaceH4/ultrachat_200k'),
-    InstructionSet('LIMA', 1_030, 'en', 'CC BY-NC-SA', 'other', 'GAIR/lima'),
-    InstructionSet('Open-Platypus', 24_926, 'en', 'several', 'alpaca', 'garage-bAInd/Open-Platypus'),
-    InstructionSet('CodeAlpaca', 20_022, 'en, code', 'CC BY-NC 4.0', 'alpaca', 'sahil2801/CodeAlpaca-20k'),
-    InstructionSet('Alpaca-CoT', 74_771, 'en', 'several', 'alpaca', 'QingyiSi/Alpaca-CoT'),
-    InstructionSet('OpenOrca', 4_233_923, 'en', 'MIT', 'other', 'Open-Orca/OpenOrca'))}
+INSTRUCTION_SETS = {row[0]: InstructionSet(*row) for row in (
+    ('Stanford Alpaca', 52_002, 'en', 'CC BY-NC 4.0', 'alpaca', 'tatsu-lab/alpaca'),
+    ('Alpaca zh', 51_000, 'zh', 'CC BY-NC 4.0', 'alpaca', 'hfl/alpaca_zh_51k'),
+    ('Alpaca GPT-4', 52_002, 'en', 'CC BY-NC 4.0', 'alpaca', 'vicgalle/alpaca-gpt4'),
+    ('Self-cognition', 90, 'en, zh', 'Apache-2.0', 'alpaca', 'LLaMA-Factory, identity.json'),
+    ('Open Assistant', 88_838, 'many', 'Apache-2.0', 'other', 'OpenAssistant/oasst1'),
+    ('ShareGPT', 90_000, 'many', 'unclear', 'sharegpt', ''),
+    ('Guanaco', 534_530, 'many', 'GPL-3.0', 'alpaca', 'JosephusCheung/GuanacoDataset'),
+    ('UltraChat', 207_865, 'en', 'MIT', 'messages', 'HuggingFaceH4/ultrachat_200k'),
+    ('LIMA', 1_030, 'en', 'CC BY-NC-SA', 'other', 'GAIR/lima'),
+    ('Open-Platypus', 24_926, 'en', 'several', 'alpaca', 'garage-bAInd/Open-Platypus'),
+    ('CodeAlpaca', 20_022, 'code', 'CC BY-NC 4.0', 'alpaca', 'sahil2801/CodeAlpaca-20k'),
+    ('Alpaca-CoT', 74_771, 'en', 'several', 'alpaca', 'QingyiSi/Alpaca-CoT'),
+    ('OpenOrca', 4_233_923, 'en', 'MIT', 'other', 'Open-Orca/OpenOrca'))}
 
 def read_set(
     row:dict[str, Any],
     name:str, # One of `INSTRUCTION_SETS`
-    **identity:str, # For self-cognition: `name` and `author` of the model
+    identity:dict[str, str]|None=None, # For self-cognition: the model's `name` and `author`
 ) -> dict[str, Any]: # In a form that `finetune.conversion` reads
     "A row of a named set in one of the common forms"
     if name not in INSTRUCTION_SETS:
-        raise ValueError(f'{name!r} is no known set; there are {", ".join(INSTRUCTION_SETS)}')
+        raise ValueError(f'{name!r} is no known set; '
+                         f'there are {", ".join(INSTRUCTION_SETS)}')
     if name == 'LIMA':
         talk = zip(('user', 'assistant') * len(row['conversations']), row['conversations'])
         return dict(messages=[dict(role=r, content=c) for r, c in talk])
@@ -405,6 +418,10 @@ def read_set(
         return dict(instruction=row['question'], system=row.get('system_prompt') or '',
                     output=row['response'])
     if name == 'Self-cognition':
-        def fill(text:str) -> str: return re.sub(r'{{(\w+)}}', lambda m: identity[m[1]], text)
-        return {k: fill(v) if isinstance(v, str) else v for k, v in row.items()}
+        identity = identity or {}
+        wanted = {k for v in row.values() for k in re.findall(r'{{(\w+)}}', str(v))}
+        if missing := sorted(wanted - set(identity)):
+            raise ValueError(f'self-cognition needs {" and ".join(missing)} of the model')
+        return {k: re.sub(r'{{(\w+)}}', lambda m: identity[m[1]], v) if isinstance(v, str)
+                else v for k, v in row.items()}
     return row
