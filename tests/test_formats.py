@@ -141,7 +141,7 @@ def test_demo_files_come_back(shared: Path, tmp_path: Path) -> None:
                 there = write_format(read_format(write_format(talk, a), a), b)
                 assert read_format(there, b) == talk
                 ways += 1
-        assert ways == 6 * len(rows) > 5000
+        assert ways == 6 * len(rows) > 2000
         report = convert(shared/name, tmp_path/'out.jsonl', 'sharegpt', skip_bad=True)
         assert (report['read'], report['written'], report['skipped']) == (n, len(rows), len(same))
         assert len(same) < 10
@@ -184,7 +184,7 @@ def test_a_packed_row_is_its_rows() -> None:
         b, t, s = rng.randrange(len(allowed)), rng.randrange(T), rng.randrange(T)
         assert bool(allowed[b, t, s]) == (s <= t and bool(p['document_ids'][b, t] == p['document_ids'][b, s]))
         assert allowed.diagonal(dim1=1, dim2=2).all()
-        assert np.diff(packing.cu_seqlens(p['document_ids'])).sum() == p['labels'].numel()
+    assert packing.cu_seqlens(torch.tensor([[0, 0, 1], [1, 1, -1]])).tolist() == [0, 2, 3, 5, 6]
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
@@ -212,14 +212,20 @@ def test_rouge_of_long_texts_carries() -> None:
     for text in texts:
         want = [synthesis.rouge_l(t, text) for t in texts]
         assert np.allclose(pool.scores(text), want, atol=1e-12)
+    far = 'x ' + 'y ' * 129 + 'x'                       # the carry crosses a whole integer
+    assert synthesis.RougePool([far]).scores('x')[0] == synthesis.rouge_l(far, 'x') == 2 / 132
     pool.add('a new one')
     assert pool.scores('a new one')[-1] == 1 and len(pool) == 61
 
 
 def test_filters_at_their_edges() -> None:
-    assert synthesis.keep_distinct(np.eye(3), 0.).tolist() == [0]
-    assert synthesis.keep_distinct(np.eye(3), 1e-6).tolist() == [0, 1, 2]
-    assert synthesis.keep_distinct(np.ones((3, 1)), 1.).tolist() == [0]
+    angle = np.arange(4) * .3
+    chain = np.stack([np.cos(angle), np.sin(angle)], 1)
+    for block in (1, 2, 512):
+        assert synthesis.keep_distinct(np.eye(3), 0., block=block).tolist() == [0]
+        assert synthesis.keep_distinct(np.eye(3), 1e-6, block=block).tolist() == [0, 1, 2]
+        assert synthesis.keep_distinct(np.ones((3, 1)), 1., block=block).tolist() == [0]
+        assert synthesis.keep_distinct(chain, np.cos(.4), block=block).tolist() == [0, 2]
     for bad in (float('nan'), 2.):
         with pytest.raises(ValueError): synthesis.keep_distinct(np.eye(2), bad)
     rows = [dict(question='q', answer='As an AI language model, no.')] * 3
