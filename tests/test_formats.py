@@ -44,6 +44,9 @@ def test_a_row_comes_back_as_it_was(name: str) -> None:
         assert read_format(json.loads(json.dumps(there))) == talk
 
 
+STRANGE = [None, 5, '', 'x', [], {}, [1], ['x'], {'a': 1}, True, '{', '[1]', [[]], [None]]
+
+
 def spoilt(row: object, rng: random.Random) -> object:
     "The row with one value somewhere in it replaced, or a key taken away"
     row = copy.deepcopy(row)
@@ -54,7 +57,7 @@ def spoilt(row: object, rng: random.Random) -> object:
         for k in keys: places.append((x, k)); todo.append(x[k])
     where, k = rng.choice(places)
     if isinstance(where, dict) and rng.random() < .3: del where[k]
-    else: where[k] = copy.deepcopy(rng.choice([None, 5, '', 'x', [], {}, [1], ['x'], {'a': 1}, True, '{', '[1]', [[]], [None]]))
+    else: where[k] = copy.deepcopy(rng.choice(STRANGE))
     return row
 
 
@@ -79,6 +82,13 @@ def test_what_is_no_row_is_refused(row: object, format: str) -> None:
     with pytest.raises(ValueError, match='is unknown; it is one of alpaca'): read_format({}, 'dolly')
 
 
+def test_order_and_format_are_not_guessed() -> None:
+    for talk, said in [([bot('a')], 'message 0 is of the assistant'), ([user('a'), user('b'), bot('c')], 'message 1'),
+                       ([user('a'), bot('b'), bot('c')], 'message 2')]:
+        with pytest.raises(ValueError, match=said): conversion.validate(Conversation(talk))
+    with pytest.raises(ValueError, match='are of alpaca and chatml'): read_format(ROWS['alpaca'] | ROWS['chatml'])
+
+
 @pytest.mark.parametrize('piece', [8, 9, 13, 64, 1000])
 def test_a_list_is_read_in_pieces_of_any_size(tmp_path: Path, piece: int) -> None:
     rows = [dict(a='[{"'), 'é世👋\\"', 12345, -1.5e-7, None, True, [], {}, [[1], '],']]
@@ -94,14 +104,16 @@ def test_a_list_is_read_in_pieces_of_any_size(tmp_path: Path, piece: int) -> Non
 
 
 def test_bad_rows_are_counted_and_named(tmp_path: Path) -> None:
-    lines = [json.dumps(ROWS['alpaca']), '', '{', json.dumps(dict(instruction='a', output='')), '[1]', json.dumps(ROWS['chatml'])]
+    empty = json.dumps(dict(instruction='a', output=''))
+    lines = [json.dumps(ROWS['alpaca']), '', '{', empty, '[1]', json.dumps(ROWS['chatml'])]
     (tmp_path/'in.jsonl').write_text('\ufeff' + '\r\n'.join(lines))
     report = convert(tmp_path/'in.jsonl', tmp_path/'out.jsonl', 'messages', skip_bad=True, show=2)
     assert (report['read'], report['written'], report['skipped'], len(report['bad'])) == (5, 2, 3, 2)
     assert report['bad'][0].startswith('row 3: is no JSON') and 'row 4: message 1' in report['bad'][1]
     assert len(list(read_rows(tmp_path/'out.jsonl'))) == 2
     before = (tmp_path/'out.jsonl').read_bytes()
-    with pytest.raises(ValueError, match=r'in\.jsonl, row 3'): convert(tmp_path/'in.jsonl', tmp_path/'out.jsonl', 'alpaca')
+    with pytest.raises(ValueError, match=r'in\.jsonl, row 3'):
+        convert(tmp_path/'in.jsonl', tmp_path/'out.jsonl', 'alpaca')
     assert (tmp_path/'out.jsonl').read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ['in.jsonl', 'out.jsonl']
 
@@ -110,12 +122,13 @@ def test_tools_in_words_come_back() -> None:
     rng = random.Random(0)
     bits = ['<tool_call>', '</tool_call>', '\n', '"', '\\', '{', '世', '<|im_end|>', 'x']
     for _ in range(300):
-        calls = [dict(name='f', arguments={''.join(rng.choices(bits, k=3)): ''.join(rng.choices(bits, k=5)), 'n': rng.random()})
-                 for _ in range(rng.randint(1, 3))]
+        words = [''.join(rng.choices(bits, k=5)) for _ in range(rng.randint(2, 4))]
+        calls = [dict(name='f', arguments={w: words[0], 'n': rng.random()}) for w in words[1:]]
         assert conversion.parse_calls('Well. ' + conversion.call_text(calls)) == ('Well.', calls)
     plain = conversion.plain_messages(USES)
     assert [m['role'] for m in plain] == ['system', 'user', 'assistant', 'user', 'assistant']
-    two = Conversation([user('?'), CALL | dict(tool_calls=2 * CALL['tool_calls']), *2 * [dict(role='tool', content='<x>')], bot('3')], tools=[ADD])
+    asks, says = CALL | dict(tool_calls=2 * CALL['tool_calls']), dict(role='tool', content='<x>')
+    two = Conversation([user('?'), asks, says, says, bot('3')], tools=[ADD])
     assert conversion.plain_messages(two)[3]['content'].count('<tool_response>') == 2
     with pytest.raises(ValueError, match='writes a mark of tools'):
         conversion.plain_messages(Conversation([user('</tool_response>'), bot('a')], tools=[ADD]))
@@ -243,7 +256,8 @@ def test_only_whole_tasks_are_taken() -> None:
     assert synthesis.parse_tasks(' a b c\nInput: <none>\nOutput: x', whole=False) == []
     task = synthesis.Task('Do this now', '', 'x')
     for change, why in [(dict(instruction='Do this'), 'too short'), (dict(instruction='a ' * 151), 'too long'),
-                        (dict(instruction='1. Do this'), 'no letter'), (dict(instruction='Draw me a map'), 'more than text'),
+                        (dict(instruction='1. Do this'), 'no letter'),
+                        (dict(instruction='Draw me a map'), 'more than text'),
                         (dict(output=''), 'no output'), (dict(input='x'), 'copies'), (dict(output='N/A'), 'refusal')]:
         assert why in synthesis.why_bad_task(task._replace(**change))
     assert synthesis.why_bad_task(task) == synthesis.why_bad_task(task._replace(instruction='a ' * 150)) == ''
