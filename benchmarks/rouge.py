@@ -35,7 +35,8 @@ def main() -> None:
     rows = [[name, f'{len(new) * len(pool) / m:,.0f}', f'{m / ours:.1f}'] for name, m in middle.items()]
     table = markdown(['one text against the pool', 'comparisons/CPU-s (median)', 'times ours'], rows)
     notes = (f'{len(new)} questions against a pool of {len(pool):,}, one thread. '
-             'All three give the same scores to 1e-12. The pool keeps its words as bits, and a new text touches only those that share a word.')
+             'All three give the same scores to 1e-12. '
+             'The pool keeps its words as bits, and a new text touches only those that share a word.')
     data = dict(pool=len(pool), seconds={name: spread(s) for name, s in took.items()})
     write('rouge', 'ROUGE-L against a pool', [table], notes, data, 'rouge-score', 'numpy')
 
