@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Batch', 'Step', 'STEPS', 'GLOBAL_STEPS', 'text_length_filter', 'words_num_filter', 'alphanumeric_filter',
            'character_repetition_filter', 'whitespace_normalization_mapper', 'fix_unicode_mapper',
-           'quality_rules_filter', 'split_mapper', 'document_deduplicator', 'document_minhash_deduplicator',
-           'read_recipe', 'run_recipe', 'report_table', 'datatrove_step']
+           'quality_rules_filter', 'split_mapper', 'quality_classifier_filter', 'document_deduplicator',
+           'document_minhash_deduplicator', 'read_recipe', 'run_recipe', 'report_table', 'datatrove_step']
 
 # %% ../../nbs/27_data_pipeline.ipynb #25f21a80
 import codecs
@@ -34,6 +34,7 @@ from ..core import write_atomic
 from ..corpus import Document
 from .dedup import _workers, deduplicate_files, document_key
 from .extract import extract_pages, read_warc
+from .quality import QualityClassifier
 from .signals import DOCUMENTATION, GOPHER, Rule, broken_rules, compute_signals
 
 # %% ../../nbs/27_data_pipeline.ipynb #b7f8d356
@@ -107,10 +108,18 @@ def split_mapper(held_out:float=.1, by:str='id', seed:int=42) -> Step:
                     why=[f'no {by}' if v is None else None for v in column])
     return split
 
+def quality_classifier_filter(folder:str, threshold:float=.5) -> Step:
+    "Keep what a `QualityClassifier` saved in a folder gives such a probability"
+    if not 0 <= threshold <= 1:
+        raise ValueError(f'threshold must lie between 0 and 1, got {threshold}')
+    judge, said = QualityClassifier.from_pretrained(folder), f'p(good) < {threshold}'
+    return lambda batch: dict(why=[said if p < threshold else None
+                                   for p in judge.p_good(batch['text'])])
+
 STEPS:dict[str, Callable[..., Step]] = {f.__name__: f for f in ( # Add your own
     text_length_filter, words_num_filter, alphanumeric_filter, character_repetition_filter,
     whitespace_normalization_mapper, fix_unicode_mapper, quality_rules_filter,
-    split_mapper)}
+    quality_classifier_filter, split_mapper)}
 
 # %% ../../nbs/27_data_pipeline.ipynb #680566c6
 _SURROGATE = re.compile(r'[\ud800-\udfff]')
