@@ -221,7 +221,7 @@ def real(tmp_path_factory):
     given = os.environ.get('LLMNOTES_WORKSPACE')
     if given: return Path(given).resolve()
     ws = tmp_path_factory.mktemp('run')/'whole'
-    code, out, err = llmnotes('run', '--scale', 'cpu', '--workspace', ws, cwd=ROOT, timeout=3000)
+    code, out, err = llmnotes('run', '--scale', 'cpu', '--workspace', ws, cwd=ROOT, timeout=4500)
     assert code == 0, f'{out}\n{err}'
     assert out.strip().splitlines()[-1] == str(ws/'index.html')
     return ws
